@@ -1,0 +1,402 @@
+"""The diffusion: noise schedules, losses, the variational bound, samplers; and the checkpoint file.
+
+Holds    Diffusion (q and p of DDPM, both losses, ancestral and DDIM sampling), load_checkpoint, save_checkpoint,
+         and the small things that the three command lines share (devices, errors, seeds).
+Reads    checkpoint files.      Writes    checkpoint files, atomically.
+Paper    VDU (arXiv 2510.04058), section 2 (background). Its sources, cited below as
+         DDPM = Ho et al. 2020 (arXiv 2006.11239), DDIM = Song et al. 2021 (arXiv 2010.02502).
+
+The paper counts t = 1 .. T. Here t is an index, 0 .. T-1, into buffers: t=0 is the paper's first noise step, so
+`alpha_bar[t]` is the paper's abar_{t+1}, and "x_{t-1}" at index 0 is the clean image x_0.
+Images are float32 in [-1, 1], shape (B, C, H, W); D = C*H*W is the number of dimensions of one image.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import pickle
+import random
+import sys
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.distributions import Normal, kl_divergence
+from tqdm import tqdm
+
+from unet import UNet
+
+# ---------------------------------------------------------------------------------------------------------------
+# The diffusion
+
+
+def linear_schedule(timesteps):
+    """beta_t from 1e-4 to 0.02, evenly (DDPM, section 4), scaled so that other T end at the same noise. (T,) float64."""
+    scale = 1000 / timesteps
+    return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64).clamp(max=0.999)
+
+
+def cosine_schedule(timesteps):
+    """abar_t = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008 (Nichol & Dhariwal 2021, eq. 17). Betas, (T,) float64.
+
+    The linear schedule was made for 256x256 images: at 28x28 it leaves nothing to see for a third of the steps.
+    """
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
+def stratified_timesteps(n, low, high, device="cpu", generator=None):
+    """n step indices, each uniform on low .. high-1, one from each n-th of that range, in random order: (n,) int64.
+
+    The loss differs a hundredfold between t near 0 and t near T. Covering the range evenly within a batch takes
+    that difference out of the gradient's noise, and leaves its expectation as it was.
+    """
+    u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n  # (n,) in [0, 1)
+    return (low + u * (high - low)).long().clamp(max=high - 1).to(device)
+
+
+class Diffusion(nn.Module):
+    """The forward process q and the reverse process p_theta of DDPM, for a network eps_theta called as unet(x_t, t).
+
+    schedule: "linear" or "cosine".  timesteps: T.  Every buffer is (T,), float32, computed in float64.
+    """
+
+    def __init__(self, schedule="linear", timesteps=1000):
+        super().__init__()
+        self.schedule, self.T = schedule, timesteps
+        beta = SCHEDULES[schedule](timesteps)
+        alpha = 1 - beta
+        alpha_bar = alpha.cumprod(0)  # abar_t = prod_{s<=t} alpha_s
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])  # abar_{t-1}; abar_0 = 1
+        posterior_variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)  # beta tilde_t, DDPM eq. 7
+        for name, value in {
+            "beta": beta,
+            "alpha": alpha,
+            "alpha_bar": alpha_bar,
+            "alpha_bar_prev": alpha_bar_prev,
+            "sqrt_alpha_bar": alpha_bar.sqrt(),
+            "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
+            "posterior_variance": posterior_variance,
+            # mu tilde_t = coef_x0 * x_0 + coef_xt * x_t, DDPM eq. 7
+            "posterior_mean_coef_x0": alpha_bar_prev.sqrt() * beta / (1 - alpha_bar),
+            "posterior_mean_coef_xt": alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
+        }.items():
+            self.register_buffer(name, value.float())
+
+    @staticmethod
+    def _at(buffer, t, x):
+        return buffer[t].view(-1, *[1] * (x.dim() - 1))  # (B,) -> (B, 1, 1, 1), to multiply images
+
+    def q_sample(self, x0, t, eps):
+        """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), with its noise eps given (DDPM eq. 4)."""
+        return self._at(self.sqrt_alpha_bar, t, x0) * x0 + self._at(self.sqrt_one_minus_alpha_bar, t, x0) * eps
+
+    def predict_x0(self, xt, t, eps):
+        """The x_0 that q_sample would have needed to give x_t with this noise (DDPM eq. 15)."""
+        return (xt - self._at(self.sqrt_one_minus_alpha_bar, t, xt) * eps) / self._at(self.sqrt_alpha_bar, t, xt)
+
+    def q_posterior(self, x0, xt, t):
+        """q(x_{t-1} | x_t, x_0) = N(mu tilde_t, beta tilde_t I) (DDPM eqs. 6, 7). Returns mean (B, ...), variance (B, 1, 1, 1)."""
+        mean = self._at(self.posterior_mean_coef_x0, t, xt) * x0 + self._at(self.posterior_mean_coef_xt, t, xt) * xt
+        return mean, self._at(self.posterior_variance, t, xt)
+
+    # --- losses -------------------------------------------------------------------------------------------------
+
+    def simple_loss(self, unet, x0, t, eps):
+        """|| eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t) ||^2 / D, for each image (DDPM eq. 14).
+
+        x0, eps: (B, C, H, W).  t: (B,).  Returns (B,): the squared error a dimension, 1 for a network that says 0.
+        Averaged over t and eps it is the variational bound below with every term's weight set to 1.
+        """
+        with autocast(x0.device):
+            eps_theta = unet(self.q_sample(x0, t, eps), t)
+        return (eps - eps_theta).square().flatten(1).mean(1)  # (B, C, H, W) -> (B,)
+
+    @torch.no_grad()
+    def variational_bound(self, unet, x0, seed=0, progress=False):
+        """The exact bound -log p_theta(x_0) <= L_0 + sum_t L_{t-1} + L_T (DDPM eq. 5), a term at a time, in bits per dimension.
+
+        x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  All T terms are computed, one draw of eps each.
+        Returns a dict of float64 tensors, in the paper's names:
+          "L_T" (B,)       KL(q(x_T | x_0) || N(0, I)): what the last step still knows about x_0; no theta in it
+          "L_t" (B, T-1)   KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), t = 2 .. T
+          "L_0" (B,)       -log p_theta(x_0 | x_1), over the grey levels
+          "total" (B,)     their sum
+        This is what "-log p(D_f | theta) is bounded by the loss" means: `simple_loss` drops the weights
+        beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) that make each L_{t-1} a KL divergence (DDPM eq. 12).
+        """
+        B, D = x0.shape[0], x0[0].numel()
+        generator = torch.Generator().manual_seed(seed)
+        x0_64 = x0.double().cpu()
+        abar_T = self.alpha_bar[-1].double().cpu()
+        q_T = Normal(abar_T.sqrt() * x0_64, (1 - abar_T).sqrt())
+        L_T = kl_divergence(q_T, Normal(0.0, 1.0)).flatten(1).sum(1)  # (B,) nats
+
+        L_t = torch.zeros(B, self.T - 1, dtype=torch.float64)
+        for t in tqdm(range(self.T - 1, 0, -1), desc="variational bound", disable=not progress):
+            tt = torch.full((B,), t, device=x0.device)
+            eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+            error = (eps - unet(self.q_sample(x0, tt, eps), tt)).double().square().flatten(1).sum(1)  # (B,)
+            # Both Gaussians have the variance sigma_t^2 = beta tilde_t, so their KL is that of their means (DDPM eq. 12).
+            weight = self.beta[t].double() ** 2 / (
+                2 * self.posterior_variance[t].double() * self.alpha[t].double() * (1 - self.alpha_bar[t].double())
+            )
+            L_t[:, t - 1] = (weight * error).cpu()
+
+        t0 = torch.zeros(B, dtype=torch.long, device=x0.device)
+        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        x1 = self.q_sample(x0, t0, eps)
+        mean = self.predict_x0(x1, t0, unet(x1, t0)).double().cpu()  # beta tilde_1 = 0, so sigma_1^2 = beta_1 here
+        L_0 = -discretized_gaussian_log_likelihood(x0_64, mean, self.beta[0].double().cpu().sqrt()).flatten(1).sum(1)
+
+        nats = 1 / (D * math.log(2))  # nats of an image -> bits per dimension
+        return {"L_T": L_T * nats, "L_t": L_t * nats, "L_0": L_0 * nats, "total": (L_T + L_t.sum(1) + L_0) * nats}
+
+    # --- sampling -----------------------------------------------------------------------------------------------
+
+    def ancestral_step(self, unet, xt, t, z, clip=True):
+        """x_{t-1} ~ p_theta(x_{t-1} | x_t) with variance beta tilde_t (DDPM, algorithm 2). t: (B,), z: unit noise like x_t."""
+        x0 = self._x0(unet, xt, t, clip)
+        mean, variance = self.q_posterior(x0, xt, t)
+        return mean + variance.sqrt() * z
+
+    def ddim_step(self, unet, xt, t, t_prev, z, eta=0.0, clip=True):
+        """One step from t down to t_prev (DDIM eq. 12). t, t_prev: (B,); t_prev = -1 is the clean image. z as above.
+
+        eta = 0 is deterministic; eta = 1 is the ancestral step when t_prev = t-1 (DDIM eq. 16).
+        """
+        x0 = self._x0(unet, xt, t, clip)
+        abar = self._at(self.alpha_bar, t, xt)
+        abar_prev = torch.where(t_prev < 0, 1.0, self.alpha_bar[t_prev.clamp(min=0)]).view_as(abar)
+        # The direction to x_t comes from the clipped x_0, so that the two agree. max(): float32 rounds 1 - abar.
+        eps = (xt - abar.sqrt() * x0) / (1 - abar).sqrt()
+        sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
+        return abar_prev.sqrt() * x0 + (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps + sigma * z
+
+    def _x0(self, unet, xt, t, clip):
+        with autocast(xt.device):
+            eps = unet(xt, t)
+        x0 = self.predict_x0(xt, t, eps)
+        return x0.clamp(-1, 1) if clip else x0  # images live in [-1, 1]; latents (clip=False) have no such box
+
+    @torch.inference_mode()
+    def sample(self, unet, n, shape, steps=None, eta=0.0, seed=0, batch_size=250, clip=True, progress=False):
+        """n samples of p_theta.  shape: (C, H, W).  Returns (n, C, H, W) float32 in [-1, 1], on the CPU.
+
+        steps=None: ancestral sampling through all T steps.  steps=S: DDIM through S evenly spaced ones, with `eta`.
+        Image i gets its noise from (seed, i) alone, so neither batch_size nor n changes it.
+        Raises UserError if S is not in 1 .. T.
+        """
+        if steps is not None and not 1 <= steps <= self.T:
+            raise UserError(f"sampling steps must be from 1 to {self.T}, not {steps}")
+        grid = range(self.T - 1, -1, -1) if steps is None else np.linspace(self.T - 1, 0, steps).round().astype(int).tolist()
+        device = self.alpha_bar.device
+        out = torch.empty(n, *shape)
+        with tqdm(total=n * len(grid), desc="sampling", unit="img*step", unit_scale=True, disable=not progress) as bar:
+            for start in range(0, n, batch_size):
+                B = min(batch_size, n - start)
+                noise = ImageNoise(seed, range(start, start + B), shape, device)
+                x = noise()  # x_T ~ N(0, I): (B, C, H, W)
+                for t, t_prev in zip(grid, [*grid[1:], -1]):
+                    tt = torch.full((B,), t, device=device)
+                    z = noise() if (steps is None or eta > 0) and t_prev >= 0 else torch.zeros_like(x)
+                    if steps is None:
+                        x = self.ancestral_step(unet, x, tt, z, clip)
+                    else:
+                        x = self.ddim_step(unet, x, tt, torch.full_like(tt, t_prev), z, eta, clip)
+                    bar.update(B)
+                out[start : start + B] = x.cpu()
+        return out
+
+
+class ImageNoise:
+    """Unit Gaussian noise, a stream an image: stream i depends on (seed, i) alone, on every device."""
+
+    def __init__(self, seed, indices, shape, device="cpu"):
+        self.streams = [np.random.default_rng([seed, i]) for i in indices]
+        self.shape, self.device = shape, device
+
+    def __call__(self):
+        draws = [rng.standard_normal(self.shape, dtype=np.float32) for rng in self.streams]
+        return torch.from_numpy(np.stack(draws)).to(self.device)  # (B, C, H, W)
+
+
+def discretized_gaussian_log_likelihood(x, mean, std):
+    """log of the mass that N(mean, std^2) gives to x's grey level: the bin x +- 1/255, open at both ends (DDPM eq. 13)."""
+    upper = torch.where(x > 0.999, torch.ones_like(x), torch.special.ndtr((x + 1 / 255 - mean) / std))
+    lower = torch.where(x < -0.999, torch.zeros_like(x), torch.special.ndtr((x - 1 / 255 - mean) / std))
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Devices, seeds, errors
+
+
+class UserError(ValueError):
+    """Something that the person at the keyboard can put right. The command lines print its one line and exit with 2."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that keeps to one line on an error, and shows every default in --help."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def run_command_line(main):
+    """Call main(); a UserError becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name="auto"):
+    """torch.device from "auto" (CUDA, else MPS, else CPU) or a name. Raises UserError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); try --device cpu") from e
+    return device
+
+
+def autocast(device):
+    """bfloat16 autocast where the device gains by it (recent CUDA GPUs, CPUs with AVX512-BF16), else nothing."""
+    device = torch.device(device)
+    gains = (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)) or (
+        device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    )
+    return torch.autocast(device.type, torch.bfloat16) if gains else contextlib.nullcontext()
+
+
+def seed_everything(seed):
+    """Seed every random number generator in use; draws after it repeat on the same machine."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def count(n):
+    """2587000 -> '2.59M'."""
+    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.0f}k"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The checkpoint file
+
+
+@dataclass
+class Checkpoint:
+    """What load_checkpoint returns.
+
+    unet        UNet with the (averaged) weights theta*, in eval mode, called as unet(x, t)
+    diffusion   Diffusion with the schedule it was trained with
+    posterior   vdu.GaussianPosterior over unet's parameters, or None where training kept none
+    config      {"unet": UNet's arguments, "schedule", "timesteps", "velocity", "image_shape"}
+    dataset     name of the dataset, e.g. "mnist"
+    data        which images exactly: {"name", "source", "classes", "excluded", ...}
+    step        training steps done
+    forgotten   None, or what vdu.py unlearned, from which checkpoint and with which settings
+    raw         the file's whole dictionary
+    """
+
+    unet: UNet
+    diffusion: Diffusion
+    posterior: object
+    config: dict
+    dataset: str
+    data: dict
+    step: int
+    forgotten: dict | None
+    path: str
+    raw: dict
+
+
+def build(config, device="cpu"):
+    """(UNet, Diffusion) from a checkpoint's `config`, with fresh weights."""
+    diffusion = Diffusion(config["schedule"], config["timesteps"])
+    unet = UNet(**config["unet"], alpha_bar=diffusion.alpha_bar.clone() if config["velocity"] else None)
+    return unet.to(device), diffusion.to(device)
+
+
+def save_checkpoint(path, contents):
+    """Write the dictionary `contents` (tensors and plain Python values) to `path`, all or nothing.
+
+    The bytes go to a temporary file beside it, which then takes the name in one step: a crash, Ctrl-C or a full disk
+    leaves the old file as it was. Raises UserError when it cannot be written.
+    """
+    path = os.fspath(path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as f:
+            torch.save(contents, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        kept = ", the file that was there is untouched" if os.path.exists(path) else ""
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}){kept}; free some space or choose another --output") from e
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def read_file(path):
+    """torch.load(weights_only=True) with errors that say what is wrong. Never executes what a pickle asks for."""
+    if not os.path.isfile(path):
+        raise UserError(f"no checkpoint at {path}; train one with: python train_ddpm.py --dataset mnist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path} is not a file of weights and was refused: it holds other Python objects, or no pickle at all") from e
+    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is damaged or cut short, or no PyTorch file ({str(e).splitlines()[0][:80]})") from e
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint of train_ddpm.py or vdu.py. Returns a Checkpoint, its unet in eval mode on `device`.
+
+    Raises UserError if the file is missing, truncated, not weights, or not a checkpoint of this repository.
+    """
+    from vdu import GaussianPosterior  # here, not above: vdu.py imports this file
+
+    raw = read_file(path)
+    missing = {"config", "weights", "data", "step"} - set(raw if isinstance(raw, dict) else ())
+    if missing:
+        raise UserError(f"{path} is no checkpoint of this repository: it lacks {', '.join(sorted(missing))}")
+    unet, diffusion = build(raw["config"], device)
+    try:
+        unet.load_state_dict(raw["weights"])
+    except RuntimeError as e:
+        raise UserError(f"{path}: the weights do not fit the network that the file describes ({str(e).splitlines()[1].strip()[:120]})") from e
+    posterior = raw.get("posterior") and GaussianPosterior(**raw["posterior"]).to(device)
+    return Checkpoint(unet.eval(), diffusion, posterior, raw["config"], raw["data"]["name"], raw["data"],
+                      raw["step"], raw.get("forgotten"), os.fspath(path), raw)
+
+
+def check_output(path, overwrite):
+    """Raise UserError before any work is done if `path` exists and may not be replaced."""
+    if os.path.exists(path) and not overwrite:
+        raise UserError(f"{path} exists already; add --overwrite to replace it, or choose another --output")

@@ -1,0 +1,274 @@
+"""Did it forget, and what did that cost? Sample before and after with the same noise, and count.
+
+    python evaluate.py
+
+Holds    the classifier that counts, PUL, u-FID, and the report.
+Reads    an unlearned checkpoint and its parent (the newest unlearned one and the one it came from, unless told), and
+         the dataset they were trained on. Retained images are needed here, to measure; vdu.py never sees them.
+Writes   results/NAME/report.json, before.png, after.png; and once a dataset, the classifier, in checkpoints/.
+Paper    VDU (arXiv 2510.04058), section 5: PUL (percentage of unlearning) and u-FID.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from ddpm import (ArgumentParser, UserError, autocast, load_checkpoint, pick_device, read_file, run_command_line,
+                  save_checkpoint, seed_everything)
+from train_ddpm import load_data_of, to_float, to_uint8
+
+# ---------------------------------------------------------------------------------------------------------------
+# The metrics
+
+
+def percentage_of_unlearning(n_before, n_after):
+    """PUL = 100 (n_before - n_after) / n_before, n counting samples of the forgotten class (VDU, section 5).
+
+    100 when none is left, 0 when nothing changed, below 0 when there are more. nan if there was none to begin with.
+    """
+    return 100 * (n_before - n_after) / n_before if n_before else math.nan
+
+
+def wilson_interval(count, n, z=1.96):
+    """The 95% interval of a share, from count among n (Wilson 1927): (low, high) in 0 .. 1. Sound at 0 and at n too."""
+    p, z2 = count / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def frechet_distance(features_a, features_b):
+    """|| m_a - m_b ||^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), between Gaussians fitted to two sets of features.
+
+    features: (N, D).  Returns a float (Dowson & Landau 1982; FID, Heusel et al. 2017). In float64, and through the
+    symmetric form of the matrix root: its eigenvalues are real and not negative but for rounding, which is clamped,
+    where the usual sqrtm(C_a C_b) can turn complex on a singular covariance.
+    """
+    a, b = features_a.double().cpu(), features_b.double().cpu()
+    mean_a, mean_b = a.mean(0), b.mean(0)  # (D,)
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)  # (D, D)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^1/2: (D, D)
+    trace_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root).clamp(min=0).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The classifier: whose counts PUL is made of, and whose penultimate layer u-FID compares
+
+
+class Classifier(nn.Module):
+    """A small convolutional network. (B, C, H, W) in [-1, 1] -> logits (B, classes)."""
+
+    def __init__(self, image_shape, classes):
+        super().__init__()
+        C, H, W = image_shape
+        self.body = nn.Sequential(
+            nn.Conv2d(C, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, H/2, W/2)
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 64, H/4, W/4)
+            nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * (H // 4) * (W // 4), 128), nn.ReLU(),  # (B, 128)
+        )
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def split_for_classifier(checkpoint, data_root):
+    """(train images, labels, test images, labels), of every class. Without a test set, every fifth image is held out."""
+    images, labels = load_data_of(checkpoint, data_root)
+    test = load_data_of(checkpoint, data_root, train=False)
+    if test is not None:
+        return images, labels, *test
+    held_out = torch.arange(len(images)) % 5 == 0
+    return images[~held_out], labels[~held_out], images[held_out], labels[held_out]
+
+
+def get_classifier(checkpoint, data_root, device, seed, folder):
+    """The dataset's classifier, trained once and kept in `folder`. Returns (Classifier in eval mode, test accuracy)."""
+    data = checkpoint.data
+    path = Path(folder) / f"classifier-{data['name']}-{Path(data['source']).stem}.pt"
+    classifier = Classifier(checkpoint.config["image_shape"], len(data["classes"])).to(device)
+    if path.exists():
+        saved = read_file(path)
+        classifier.load_state_dict(saved["classifier"])
+        return classifier.eval(), saved["accuracy"]
+
+    images, labels, test_images, test_labels = split_for_classifier(checkpoint, data_root)
+    torch.manual_seed(seed)
+    epochs, batch_size = max(4, 40_000 // len(images)), 128
+    steps = epochs * (len(images) // batch_size)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(images))
+            for i in range(len(images) // batch_size):
+                batch = order[i * batch_size : (i + 1) * batch_size]
+                with autocast(device):
+                    logits = classifier(to_float(images[batch]).to(device))
+                loss = F.cross_entropy(logits.float(), labels[batch].to(device))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                bar.update()
+    classifier.eval()
+    predicted = features_and_probabilities(classifier, test_images, device)[1].argmax(1)
+    accuracy = (predicted == test_labels).float().mean().item()
+    save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracy": accuracy})
+    return classifier, accuracy
+
+
+@torch.inference_mode()
+def features_and_probabilities(classifier, images, device, batch_size=1000):
+    """uint8 images (N, C, H, W) -> (penultimate features (N, 128), class probabilities (N, classes)), on the CPU."""
+    features, probabilities = [], []
+    for chunk in images.split(batch_size):
+        with autocast(device):
+            f = classifier.body(to_float(chunk).to(device))
+            logits = classifier.head(f)
+        features.append(f.float().cpu())
+        probabilities.append(logits.float().softmax(1).cpu())
+    return torch.cat(features), torch.cat(probabilities)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def newest_unlearned(folder):
+    """The newest checkpoint of vdu.py in `folder`. Raises UserError if there is none."""
+    for path in sorted(Path(folder).glob("*.pt"), key=os.path.getmtime, reverse=True):
+        raw = read_file(path)
+        if isinstance(raw, dict) and raw.get("forgotten"):
+            return str(path)
+    raise UserError(f"no unlearned checkpoint in {folder}/; make one with: python vdu.py --forget-class 1")
+
+
+def describe(samples, classifier, classes, forgotten, real_features, device):
+    """What the report says of one set of samples (N, C, H, W) uint8: counts, intervals, confidence, u-FID."""
+    features, probabilities = features_and_probabilities(classifier, samples, device)
+    counts = probabilities.argmax(1).bincount(minlength=len(classes)).tolist()
+    return {
+        "forgotten_count": sum(counts[i] for i in forgotten),
+        "u_fid": frechet_distance(features, real_features),
+        "mean_confidence": probabilities.max(1).values.mean().item(),
+        "histogram": {
+            name: {"count": c, "share": c / len(samples), "interval_95": wilson_interval(c, len(samples))}
+            for name, c in zip(classes, counts)
+        },
+    }
+
+
+def evaluate(args):
+    """Run the command line's evaluation; returns the report, a dict, that it also writes."""
+    if args.samples < 2 or args.sampling_steps < 1:
+        raise UserError("need --samples of at least 2 and --sampling-steps of at least 1")
+    after_path = args.after or newest_unlearned("checkpoints")
+    device = pick_device(args.device)
+    after = load_checkpoint(after_path, device)
+    before_path = args.before or (after.forgotten or {}).get("checkpoint")
+    if before_path is None:
+        raise UserError(f"{after_path} was not made by vdu.py; name the model to compare it with: --before FILE")
+    before = load_checkpoint(before_path, device)
+    if before.dataset != after.dataset or before.config["image_shape"] != after.config["image_shape"]:
+        raise UserError(f"{before_path} was trained on {before.dataset}, {after_path} on {after.dataset}: compare models of one dataset")
+    classes = after.data["classes"]
+    names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
+    if not names:
+        raise UserError(f"{after_path} has forgotten nothing: it is a model of all classes; make one with vdu.py")
+    forgotten = [classes.index(name) for name in names]
+    output = Path(args.output or f"results/{Path(after_path).stem}")
+    report_path = output / "report.json"
+    if report_path.exists() and not args.overwrite:
+        raise UserError(f"{report_path} exists already; add --overwrite to replace it, or choose another --output")
+    began = time.time()
+
+    classifier, accuracy = get_classifier(before, args.data_root, device, seed=0, folder="checkpoints")
+    images, labels = load_data_of(before, args.data_root)
+    retained = images[~torch.isin(labels, torch.tensor(forgotten))]
+    real_features = features_and_probabilities(classifier, retained, device)[0]
+
+    samples, results = {}, {}
+    for name, model in (("before", before), ("after", after)):
+        print(f"{name}: {model.path}")
+        x = model.diffusion.sample(model.unet, args.samples, before.config["image_shape"], steps=args.sampling_steps,
+                                   eta=args.eta, seed=args.seed, progress=True)
+        samples[name] = to_uint8(x)
+        results[name] = describe(samples[name], classifier, classes, forgotten, real_features, device)
+
+    pul = percentage_of_unlearning(results["before"]["forgotten_count"], results["after"]["forgotten_count"])
+    report = {
+        "forgotten": names,
+        "PUL": None if math.isnan(pul) else pul,
+        "before": {"checkpoint": before_path, **results["before"]},
+        "after": {"checkpoint": after_path, **results["after"]},
+        "u_fid_ratio": results["after"]["u_fid"] / results["before"]["u_fid"],
+        "u_fid_features": "the penultimate layer of the classifier (128 numbers), not Inception's: compare within this dataset only",
+        "u_fid_real_images": len(retained),
+        "classifier_accuracy": accuracy,
+        "samples": args.samples, "sampling_steps": args.sampling_steps, "eta": args.eta, "seed": args.seed,
+        "data": before.data, "unlearning": after.forgotten, "device": str(device),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in samples:
+            save_image(samples[name][:64].float() / 255, output / f"{name}.png", nrow=8)
+        report_path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write into {output} ({e}); choose another --output") from e
+    if args.save_samples:
+        save_checkpoint(args.save_samples, samples)
+    print(table(report))
+    print(f"wrote {report_path}, before.png, after.png ({time.time() - began:.0f} s)")
+    return report
+
+
+def table(report):
+    """The report as a small table for the terminal."""
+    b, a = report["before"], report["after"]
+    lines = [f"{'':24}{'before':>20}{'after':>20}"]
+    for name in b["histogram"]:
+        cells = []
+        for r in (b, a):
+            h = r["histogram"][name]
+            low, high = (100 * x for x in h["interval_95"])
+            cells.append(f"{h['count']:5d} [{low:4.1f},{high:5.1f}]%")
+        lines.append(f"{'class ' + name + (' (forgotten)' if name in report['forgotten'] else ''):24}{cells[0]:>20}{cells[1]:>20}")
+    lines.append(f"{'mean confidence':24}{b['mean_confidence']:20.3f}{a['mean_confidence']:20.3f}")
+    lines.append(f"{'u-FID (classifier)':24}{b['u_fid']:20.2f}{a['u_fid']:20.2f}   x {report['u_fid_ratio']:.2f}")
+    pul = "undefined: no sample of the class before" if report["PUL"] is None else f"{report['PUL']:.1f}%"
+    lines.append(f"PUL of {', '.join(report['forgotten'])}: {pul}")
+    lines.append(f"{report['samples']} samples each, {report['sampling_steps']} DDIM steps, eta {report['eta']:g}, seed {report['seed']}; "
+                 f"classifier accuracy {100 * report['classifier_accuracy']:.2f}%")
+    return "\n".join(lines)
+
+
+def parser():
+    p = ArgumentParser(prog="evaluate.py", description=__doc__)
+    p.add_argument("--after", metavar="FILE", help="the unlearned checkpoint (default: the newest in checkpoints/)")
+    p.add_argument("--before", metavar="FILE", help="the model to compare it with (default: the one it was unlearned from)")
+    p.add_argument("--output", metavar="DIR", help="where the report goes (default: results/NAME-OF-AFTER)")
+    p.add_argument("--overwrite", action="store_true", help="replace the report if it exists")
+    p.add_argument("--samples", type=int, default=2000, metavar="N", help="samples from each model")
+    p.add_argument("--sampling-steps", type=int, default=25, metavar="N", help="DDIM steps a sample")
+    p.add_argument("--eta", type=float, default=1.0, help="DDIM's noise: 0 is deterministic, 1 as noisy as ancestral sampling")
+    p.add_argument("--save-samples", metavar="FILE.pt", help="keep the samples: {'before', 'after'}, each (N, C, H, W) uint8")
+    p.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: where the model was trained)")
+    p.add_argument("--seed", type=int, default=0, help="the noise of the samples, the same for both models")
+    p.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
+    return p
+
+
+if __name__ == "__main__":
+    run_command_line(lambda: evaluate(parser().parse_args()))

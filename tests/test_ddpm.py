@@ -1,0 +1,199 @@
+"""The diffusion's mathematics: schedules, q, the bound, the samplers. Closed forms and numerical integration."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import Diffusion, ImageNoise, UserError, discretized_gaussian_log_likelihood, stratified_timesteps
+from unet import UNet, timestep_embedding
+
+
+class GaussianOracle:
+    """The exact eps_theta for data x_0 ~ N(mean, std^2), every dimension alike: E[eps | x_t]."""
+
+    def __init__(self, diffusion, mean, std):
+        self.diffusion, self.mean, self.std = diffusion, mean, std
+
+    def __call__(self, xt, t):
+        abar = self.diffusion.alpha_bar.double()[t].view(-1, 1, 1, 1)
+        variance = abar * self.std**2 + 1 - abar  # of x_t
+        return ((1 - abar).sqrt() * (xt - abar.sqrt() * self.mean) / variance).float()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_alpha_bar_is_the_variance_of_composed_steps(schedule):
+    d = Diffusion(schedule, 50)
+    signal, noise = 1.0, 0.0  # x_t = signal x_0 + N(0, noise), one step after the other
+    for t in range(50):
+        alpha = 1 - d.beta[t].item()
+        signal, noise = signal * math.sqrt(alpha), noise * alpha + d.beta[t].item()
+        assert d.sqrt_alpha_bar[t].item() == pytest.approx(signal, rel=1e-4)
+        assert d.sqrt_one_minus_alpha_bar[t].item() ** 2 == pytest.approx(noise, rel=1e-4)
+
+
+def test_linear_schedule_is_ddpms():
+    d = Diffusion("linear", 1000)
+    assert d.beta[0].item() == pytest.approx(1e-4) and d.beta[-1].item() == pytest.approx(0.02)
+    assert d.alpha_bar[-1].item() == pytest.approx(4.0358e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule,t", [("linear", 1), ("linear", 500), ("cosine", 30), ("cosine", 900)])
+def test_q_posterior_is_bayes_rule(schedule, t):
+    """q(x_{t-1} | x_t, x_0) prop. to q(x_t | x_{t-1}) q(x_{t-1} | x_0), on a grid."""
+    d = Diffusion(schedule, 1000)
+    x0, xt = 0.4, -0.3
+    mean, variance = d.q_posterior(torch.full((1, 1, 1, 1), x0), torch.full((1, 1, 1, 1), xt), torch.tensor([t]))
+    beta, abar_prev = d.beta[t].item(), d.alpha_bar[t - 1].item()
+    x = np.linspace(mean.item() - 12 * math.sqrt(variance.item()), mean.item() + 12 * math.sqrt(variance.item()), 20001)
+    log_density = -((xt - math.sqrt(1 - beta) * x) ** 2) / (2 * beta) - (x - math.sqrt(abar_prev) * x0) ** 2 / (2 * (1 - abar_prev))
+    p = np.exp(log_density - log_density.max())
+    p /= p.sum()
+    numeric_mean = (p * x).sum()
+    assert mean.item() == pytest.approx(numeric_mean, abs=1e-3 * math.sqrt(variance.item()) + 1e-6)
+    assert variance.item() == pytest.approx((p * (x - numeric_mean) ** 2).sum(), rel=2e-3)
+
+
+def test_predict_x0_inverts_q_sample():
+    d = Diffusion("cosine", 1000)
+    x0, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.tensor([0, 10, 200, 500, 900])
+    assert torch.allclose(d.predict_x0(d.q_sample(x0, t, eps), t, eps), x0, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_step_with_eta_1_is_the_ancestral_step(clip):
+    d = Diffusion("linear", 1000)
+    torch.manual_seed(0)
+    t = torch.tensor([1, 3, 40, 400, 950])
+    xt, z = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4)
+    oracle = GaussianOracle(d, 0.1, 0.5)
+    ancestral = d.ancestral_step(oracle, xt, t, z, clip)
+    ddim = d.ddim_step(oracle, xt, t, t - 1, z, eta=1.0, clip=clip)
+    assert torch.allclose(ancestral, ddim, atol=2e-4)
+    assert not torch.allclose(ancestral, d.ddim_step(oracle, xt, t, t - 1, z, eta=0.0, clip=clip), atol=2e-3)
+
+
+def test_last_ancestral_step_is_the_predicted_image():
+    d = Diffusion("linear", 100)
+    xt = 0.1 * torch.randn(3, 1, 4, 4)
+    oracle, t = GaussianOracle(d, 0.0, 0.3), torch.zeros(3, dtype=torch.long)
+    x0 = d.predict_x0(xt, t, oracle(xt, t))
+    assert torch.allclose(d.ancestral_step(oracle, xt, t, torch.randn_like(xt)), x0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps,eta", [(None, 0.0), (50, 0.0), (50, 1.0)])
+def test_samplers_reach_the_data_distribution(steps, eta):
+    """With the exact eps_theta of N(0.2, 0.3^2), samples have that mean and deviation."""
+    d = Diffusion("linear", 200)
+    x = d.sample(GaussianOracle(d, 0.2, 0.3), 64, (1, 8, 8), steps=steps, eta=eta, clip=False)
+    n = x.numel()
+    assert x.mean().item() == pytest.approx(0.2, abs=5 * 0.3 / math.sqrt(n) + 0.005)
+    assert x.std().item() == pytest.approx(0.3, rel=0.08)
+
+
+def test_variational_bound_of_the_exact_model_is_the_true_likelihood():
+    """A model that knows the data: the bound lies above -log p(x_0), and closes in on it as T grows."""
+    mean, std = -0.1, 0.4
+    torch.manual_seed(0)
+    levels = ((torch.randn(400, 1, 4, 4) * std + mean + 1) * 127.5).round().clamp(0, 255)
+    x0 = levels / 127.5 - 1
+    x0 = x0[(levels.flatten(1) > 0).all(1) & (levels.flatten(1) < 255).all(1)]  # the open bins at both ends are another density
+    true = -torch.distributions.Normal(mean, std).log_prob(x0).mean().item() - math.log(2 / 255)  # nats a dimension
+    true /= math.log(2)
+    gaps = []
+    for T in (50, 250, 1000):
+        d = Diffusion("linear", T)
+        bound = d.variational_bound(GaussianOracle(d, mean, std), x0)
+        assert bound["L_t"].shape == (len(x0), T - 1)
+        assert torch.allclose(bound["total"], bound["L_T"] + bound["L_t"].sum(1) + bound["L_0"])
+        gaps.append(bound["total"].mean().item() - true)
+    assert gaps[0] > gaps[1] > gaps[2] > -0.01
+    assert gaps[2] < 0.03 * true
+
+
+def test_discretized_likelihood_sums_to_one():
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in [(0.0, 0.3), (-1.0, 0.01), (0.97, 0.2), (0.003, 0.002)]:
+        p = discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(std)).exp()
+        assert p.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_simple_loss_is_one_for_silence_and_zero_for_the_truth():
+    d = Diffusion()
+    x0, eps = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
+    t = torch.tensor([5, 500, 999])
+    assert torch.equal(d.simple_loss(lambda x, t: torch.zeros_like(x), x0, t, eps), eps.square().flatten(1).mean(1))
+    assert d.simple_loss(lambda x, t: eps, x0, t, eps).abs().max() == 0
+
+
+def test_stratified_timesteps_cover_the_range_evenly():
+    for low, high, n in [(0, 1000, 100), (100, 500, 37), (3, 4, 5)]:
+        t = stratified_timesteps(n, low, high)
+        assert t.min() >= low and t.max() < high
+        strata = ((t - low).double() * n / (high - low)).floor()
+        assert (strata.sort().values - torch.arange(n)).abs().max() <= n / (high - low) + 1
+    counts = torch.stack([stratified_timesteps(10, 0, 5) for _ in range(200)]).flatten().bincount(minlength=5)
+    assert (counts == 400).all()
+
+
+def test_samples_depend_on_seed_and_index_alone():
+    d = Diffusion("cosine", 20)
+    oracle = GaussianOracle(d, 0.2, 0.3)
+    for kwargs in (dict(steps=5), dict(steps=5, eta=1.0), dict()):
+        whole = d.sample(oracle, 7, (1, 4, 4), seed=3, **kwargs)
+        assert torch.equal(whole, d.sample(oracle, 7, (1, 4, 4), seed=3, batch_size=2, **kwargs))
+        assert torch.equal(whole[:4], d.sample(oracle, 4, (1, 4, 4), seed=3, **kwargs))
+        assert not torch.equal(whole, d.sample(oracle, 7, (1, 4, 4), seed=4, **kwargs))
+    a, b = ImageNoise(0, [1], (1000,))(), ImageNoise(1, [0], (1000,))()
+    assert abs((a * b).mean().item()) < 0.15  # streams of neighbouring seeds are not shifted copies
+
+
+def test_a_networks_samples_do_not_depend_on_the_batch_size():
+    d = Diffusion("cosine", 100)
+    torch.manual_seed(0)
+    unet = UNet(model_channels=32, channel_mult=(1, 2), patch_size=2, alpha_bar=d.alpha_bar)
+    torch.nn.init.normal_(unet.out[2].weight, std=0.05)
+    unet.eval()
+    a = d.sample(unet, 9, (1, 28, 28), steps=4, batch_size=9)
+    b = d.sample(unet, 9, (1, 28, 28), steps=4, batch_size=2)
+    assert (a - b).abs().max() < 1 / 255  # not one grey level
+
+
+def test_sampling_refuses_impossible_step_counts():
+    with pytest.raises(UserError, match="from 1 to 20"):
+        Diffusion("linear", 20).sample(None, 1, (1, 4, 4), steps=21)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (7, 7), (13, 18), (1, 5)])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_unet_takes_any_size(size, patch_size):
+    unet = UNet(in_channels=3, model_channels=16, channel_mult=(1, 2, 2), attention_resolutions=(2,), patch_size=patch_size)
+    x = torch.randn(2, 3, *size)
+    assert unet(x, torch.tensor([0, 999])).shape == x.shape
+
+
+def test_unet_starts_at_zero_and_the_velocity_form_at_its_closed_form():
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([100, 800])
+    assert UNet(model_channels=16)(x, t).abs().max() == 0
+    d = Diffusion("cosine", 1000)
+    eps = UNet(model_channels=16, alpha_bar=d.alpha_bar)(x, t)
+    assert torch.allclose(eps, d.sqrt_one_minus_alpha_bar[t].view(-1, 1, 1, 1) * x, atol=1e-5)
+
+
+def test_unets_names_are_stable_diffusions():
+    names = set(dict(UNet(model_channels=16, channel_mult=(1, 2), attention_resolutions=(1,)).named_parameters()))
+    for name in ["time_embed.0.weight", "time_embed.2.bias", "input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight",
+                 "input_blocks.1.0.emb_layers.1.weight", "input_blocks.1.0.out_layers.3.weight", "input_blocks.1.1.norm.weight",
+                 "input_blocks.2.0.op.weight", "input_blocks.3.0.skip_connection.weight", "middle_block.0.in_layers.0.weight",
+                 "middle_block.1.proj_out.weight", "output_blocks.1.1.conv.weight", "out.0.weight", "out.2.weight"]:
+        assert name in names
+    assert "alpha_bar" not in UNet(model_channels=16, alpha_bar=torch.rand(10)).state_dict()
+
+
+def test_timestep_embedding_is_ddpms():
+    emb = timestep_embedding(torch.tensor([0, 7]), 8)
+    assert torch.equal(emb[0], torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
+    w = 10_000 ** (-1 / 4)
+    assert emb[1, 1].item() == pytest.approx(math.cos(7 * w), abs=1e-6)
+    assert emb[1, 5].item() == pytest.approx(math.sin(7 * w), abs=1e-6)

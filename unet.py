@@ -1,0 +1,223 @@
+"""The network eps_theta(x_t, t): one U-Net for every dataset of this repository.
+
+Holds    UNet and its blocks: sinusoidal time embedding, residual block, self-attention, down- and upsampling.
+Reads    nothing.            Writes    nothing.
+Paper    VDU (arXiv 2510.04058) takes this network as given: it unlearns by moving its weights, theta.
+         The architecture is DDPM's (Ho et al. 2020, appendix B); the module names are those of Stable
+         Diffusion v1's checkpoints, below `model.diffusion_model.`, so that the same class can load them.
+
+Shapes in the comments: B images, C channels, H x W pixels, E = 4 * model_channels (the time embedding's width).
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def timestep_embedding(t, dim, max_period=10_000):
+    """Sinusoidal embedding of the time step (Vaswani et al. 2017, section 3.5; DDPM, appendix B).
+
+    t: (B,) step indices, integer or float.  Returns (B, dim) float32: cos(t w_k) beside sin(t w_k), with
+    frequencies w_k falling geometrically from 1 to 1/max_period: the slow ones tell early from late, the fast
+    ones tell neighbouring steps apart.
+    """
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    args = t.float()[:, None] * freqs[None]  # (B, half)
+    emb = torch.cat([args.cos(), args.sin()], dim=1)  # (B, 2*half)
+    return F.pad(emb, (0, dim % 2))  # (B, dim)
+
+
+def normalization(channels):
+    """GroupNorm in 32 groups, or in the most that divide both 32 and `channels` (narrow networks)."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def zero_module(module):
+    """Zero the weights: a residual branch that starts at zero starts the block as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class ResBlock(nn.Module):
+    """x + f(x, t): two 3x3 convolutions, with the time embedding added between them, channel by channel."""
+
+    def __init__(self, channels, out_channels, emb_channels, dropout):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers(x)  # (B, C, H, W) -> (B, C', H, W)
+        h = h + self.emb_layers(emb)[:, :, None, None]  # (B, E) -> (B, C', 1, 1), the same for every pixel
+        return self.skip_connection(x) + self.out_layers(h)  # (B, C', H, W)
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(x): every pixel attends to every pixel, so that distant strokes can agree."""
+
+    def __init__(self, channels, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x).flatten(2))  # (B, C, HW) -> (B, 3C, HW)
+        q, k, v = qkv.view(B, 3, self.num_heads, C // self.num_heads, H * W).transpose(3, 4).unbind(1)  # (B, h, HW, C/h)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(C/h)) v: (B, h, HW, C/h)
+        h = h.transpose(2, 3).reshape(B, C, H * W)
+        return x + self.proj_out(h).view(B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided convolution (an odd size rounds up)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)  # (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))
+
+
+class Upsample(nn.Module):
+    """Return to the size that the matching skip connection has: exactly double, or one less for odd sizes."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size):
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, h, w) -> (B, C, H, W)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """Call each layer with what it needs beside x: the time embedding, or the size to return to."""
+
+    def forward(self, x, emb, size=None):
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:  # a convolution, attention; Stable Diffusion's spatial transformer would take its context here
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t) of DDPM (Ho et al. 2020): predicts the noise eps in x_t = sqrt(abar_t) x_0 + sqrt(1-abar_t) eps.
+
+    in_channels            channels of the images (and of the noise it returns)
+    model_channels         width of the first level
+    channel_mult           width of each level, as a multiple of model_channels; each level halves the resolution
+    num_res_blocks         residual blocks a level on the way down (one more on the way up)
+    attention_resolutions  downsampling factors (1, 2, 4, ...) of the levels that have self-attention
+    num_heads              attention heads
+    dropout                inside the residual blocks
+    patch_size             space-to-depth factor p: the network works on (H/p) x (W/p) "pixels" of p*p*C numbers, and
+                           its output is rearranged back. 2 costs a quarter of 1 for the same width.
+    alpha_bar              None: the last layer's output F is eps_theta itself, as in DDPM and Stable Diffusion.
+                           A (T,) schedule: eps_theta = sqrt(1-abar_t) x_t + sqrt(abar_t) F. Still a prediction of
+                           eps, and still the same loss, but F is then the velocity v of Salimans & Ho (2022), of
+                           unit scale at every t. Without it, at t near T, eps_theta must copy x_t through all its
+                           layers to within sqrt(abar_t), as an error e in eps is one of e*sqrt((1-abar_t)/abar_t)
+                           in x_0: with bfloat16 that is out of reach, and samples drift in brightness.
+    """
+
+    def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
+                 attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1, alpha_bar=None):
+        super().__init__()
+        self.model_channels = model_channels
+        self.patch_size = patch_size
+        # The schedule is no parameter of the network and lives in ddpm.py: persistent=False keeps it out of state_dict.
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+
+        emb_channels = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+
+        ch = model_channels
+        io_channels = in_channels * patch_size**2
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(io_channels, ch, 3, padding=1))])
+        skip_channels = [ch]  # what each input block hands across to its output block
+        factor = 1  # downsampling so far
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [ResBlock(ch, mult * model_channels, emb_channels, dropout)]
+                ch = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(AttentionBlock(ch, num_heads))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skip_channels.append(ch)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch)))
+                skip_channels.append(ch)
+                factor *= 2
+
+        self.middle_block = TimestepEmbedSequential(
+            ResBlock(ch, ch, emb_channels, dropout),
+            AttentionBlock(ch, num_heads),
+            ResBlock(ch, ch, emb_channels, dropout),
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [ResBlock(ch + skip_channels.pop(), mult * model_channels, emb_channels, dropout)]
+                ch = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(AttentionBlock(ch, num_heads))
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(ch))
+                    factor //= 2
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(ch, io_channels, 3, padding=1))
+        )
+
+    def forward(self, x, t, return_middle=False):
+        """x: (B, C, H, W) noisy images x_t.  t: (B,) step indices 0 .. T-1.  Returns eps_theta: (B, C, H, W) float32.
+
+        return_middle=True returns the middle block's features (B, C', h, w) instead: what the network itself
+        sees in an image (vdu.py uses them to tell which images look like the forget set).
+        """
+        H, W = x.shape[-2:]
+        p = self.patch_size
+        h = F.pad(x, (0, -W % p, 0, -H % p))  # to a multiple of p, where the size is none
+        h = F.pixel_unshuffle(h, p)  # (B, C, H, W) -> (B, C*p*p, H/p, W/p)
+
+        emb = self.time_embed(timestep_embedding(t, self.model_channels))  # (B,) -> (B, E)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        if return_middle:
+            return h.float()
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C_skip, h, w)
+            h = block(h, emb, size=skips[-1].shape[-2:] if skips else None)
+        h = F.pixel_shuffle(self.out(h).float(), p)[..., :H, :W]  # (B, C*p*p, H/p, W/p) -> (B, C, H, W)
+
+        if self.alpha_bar is None:
+            return h
+        abar = self.alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        return (1 - abar).sqrt() * x + abar.sqrt() * h
