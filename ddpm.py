@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import random
+import signal
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -120,10 +121,12 @@ class Diffusion(nn.Module):
         return (eps - eps_theta).square().flatten(1).mean(1)  # (B, C, H, W) -> (B,)
 
     @torch.no_grad()
-    def variational_bound(self, unet, x0, seed=0, progress=False):
+    def variational_bound(self, unet, x0, variance="beta", seed=0, progress=False):
         """The exact bound -log p_theta(x_0) <= L_0 + sum_t L_{t-1} + L_T (DDPM eq. 5), a term at a time, in bits per dimension.
 
         x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  All T terms are computed, one draw of eps each.
+        variance: sigma_t^2 of p_theta, "beta" or "posterior" (beta tilde): right for x_0 ~ N(0, I) and for a single known x_0
+        (DDPM, section 3.2). Data that fills its space is nearer to the first, whose bound is the tighter one.
         Returns a dict of float64 tensors, in the paper's names:
           "L_T" (B,)       KL(q(x_T | x_0) || N(0, I)): what the last step still knows about x_0; no theta in it
           "L_t" (B, T-1)   KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), t = 2 .. T
@@ -144,16 +147,17 @@ class Diffusion(nn.Module):
             tt = torch.full((B,), t, device=x0.device)
             eps = torch.randn(x0.shape, generator=generator).to(x0.device)
             error = (eps - unet(self.q_sample(x0, tt, eps), tt)).double().square().flatten(1).sum(1)  # (B,)
-            # Both Gaussians have the variance sigma_t^2 = beta tilde_t, so their KL is that of their means (DDPM eq. 12).
-            weight = self.beta[t].double() ** 2 / (
-                2 * self.posterior_variance[t].double() * self.alpha[t].double() * (1 - self.alpha_bar[t].double())
-            )
-            L_t[:, t - 1] = (weight * error).cpu()
+            beta, alpha, abar = self.beta[t].double(), self.alpha[t].double(), self.alpha_bar[t].double()
+            q_var = self.posterior_variance[t].double()  # beta tilde_t
+            p_var = beta if variance == "beta" else q_var  # sigma_t^2
+            weight = beta**2 / (2 * p_var * alpha * (1 - abar))  # DDPM eq. 12: the KL between means, in terms of eps
+            spread = (p_var / q_var).log() + q_var / p_var - 1  # and between variances: 0 where they are equal
+            L_t[:, t - 1] = (weight * error + D / 2 * spread).cpu()
 
         t0 = torch.zeros(B, dtype=torch.long, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         x1 = self.q_sample(x0, t0, eps)
-        mean = self.predict_x0(x1, t0, unet(x1, t0)).double().cpu()  # beta tilde_1 = 0, so sigma_1^2 = beta_1 here
+        mean = self.predict_x0(x1, t0, unet(x1, t0)).double().cpu()  # sigma_1^2 = beta_1 either way: beta tilde_1 = 0
         L_0 = -discretized_gaussian_log_likelihood(x0_64, mean, self.beta[0].double().cpu().sqrt()).flatten(1).sum(1)
 
         nats = 1 / (D * math.log(2))  # nats of an image -> bits per dimension
@@ -267,6 +271,24 @@ def run_command_line(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) into a flag that is read between two steps; a second one interrupts at once."""
+
+    def __enter__(self):
+        self.requested = False
+        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, signum, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *exc):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
 
 
 def pick_device(name="auto"):

@@ -17,7 +17,6 @@ Paper    VDU (arXiv 2510.04058), section 2: theta* was trained on D = D_r and D_
 import contextlib
 import io
 import os
-import signal
 import socket
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from torchvision.datasets import MNIST
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, UserError, autocast, build, check_output, count, pick_device, read_file,
+from ddpm import (ArgumentParser, StopRequest, UserError, build, count, pick_device, read_file,
                   run_command_line, save_checkpoint, seed_everything, stratified_timesteps)
 from vdu import RunningPosterior
 
@@ -158,24 +157,6 @@ def set_rng_state(state, device):
     torch.set_rng_state(state["cpu"])
     if device.type in state and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(state[device.type])
-
-
-class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag that is read between two steps; a second one interrupts at once."""
-
-    def __enter__(self):
-        self.requested = False
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, signum, frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *exc):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
 
 
 def train(args):

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, UserError, autocast, check_output, load_checkpoint, pick_device, read_file,
-                  run_command_line, save_checkpoint, seed_everything, stratified_timesteps)
+from ddpm import (ArgumentParser, StopRequest, UserError, autocast, check_output, load_checkpoint, pick_device,
+                  run_command_line, save_checkpoint, stratified_timesteps)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The posterior p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2)
@@ -131,9 +131,13 @@ def check_parameters(path, parameters, other_path, others):
 # (5) Their sum, with a factor to balance them (the exact weights above: N_f images times the w_t, against 1):
 #         L(theta) = -(1 - gamma) A + gamma B.
 #
-# The scale in which gamma is measured: A is the squared error of one image, summed over its D dimensions, averaged over
-# images, t and eps; B is summed over all parameters. Around mu*, where A ~ A(mu*) + (theta - mu*) . grad A, the
-# minimum is theta - mu* = (1-gamma)/gamma sigma*^2 grad A: each parameter moves by its own variance.
+# The scale in which gamma is measured: A a dimension and B a parameter, that is A/D and B/P for images of D numbers and
+# a network of P parameters. Both are means, so one gamma means about the same for any image size and network. It is
+# the paper's loss up to a factor, with another name for the same balance: gamma_sum / (1 - gamma_sum) = (D/P) gamma / (1 - gamma).
+#
+# What the minimum looks like: near mu*, A ~ A(mu*) + (theta - mu*) . grad A, and L is least at
+#     theta_i - mu*_i = (1 - gamma)/gamma (P/D) sigma*_i^2 dA/dtheta_i:
+# every parameter moves along the gradient by its own variance, so loosely determined ones do the forgetting.
 
 
 def plasticity_loss(unet, diffusion, x0, t, eps):
@@ -152,9 +156,12 @@ def stability_loss(theta, posterior):
     return sum(((p - posterior.mean[k]) / posterior.std[k]).square().sum() for k, p in theta.items()) / 2
 
 
-def vdu_loss(A, B, gamma):
-    """L = -(1 - gamma) A + gamma B (VDU, objective)."""
-    return -(1 - gamma) * A + gamma * B
+def vdu_loss(A, B, gamma, D=1, P=1):
+    """L = -(1 - gamma) A/D + gamma B/P (VDU, objective). D = P = 1 is the paper's formula on the bare sums.
+
+    A, B: scalars from the two functions above.  gamma: 0 is naive gradient ascent, 1 stays at the posterior's mean.
+    """
+    return -(1 - gamma) * A / D + gamma * B / P
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -224,3 +231,204 @@ def looks_forgotten(unet, diffusion, generated, forget, k=5, at=(50, 150)):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Unlearning
+
+
+def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256, t_range=(0.7, 1.0), seed=0,
+            anchor=None, weight=0.0, bound=None, stop_share=None, progress=False, stop=None):
+    """Move `unet`, in place, from the posterior's mean to a minimum of L. Returns a dict of what happened.
+
+    forget: (N, C, H, W) in [-1, 1], images of D_f, all that is ever seen of the data.
+    gamma, lr, steps, batch_size: as on the command line.  t_range: shares of T between which A draws its t.
+    anchor, weight, bound, stop_share: beyond the paper, see FunctionSpaceAnchor and --help.  stop: has .requested.
+    Raises UserError if the posterior is of another network, or the loss becomes infinite or nan (unet is then at mu*).
+
+    The steps are taken in whitened coordinates z = (theta - mu*) / sigma*, in which the posterior is N(0, I) and
+    B = |z|^2 / 2. By the chain rule dL/dz = sigma* dL/dtheta: a pinned-down parameter hardly feels A, a loose one does,
+    and a step of gradient descent in z is one of sigma*^2 dL/dtheta in theta, preconditioned by the posterior's
+    covariance. (Adam on theta moves every parameter by lr whatever its sigma*: it undoes what B is there for.)
+    """
+    parameters = dict(unet.named_parameters())
+    check_parameters("the posterior", posterior.mean, "the network", parameters)
+    torch.manual_seed(seed)
+    device, D, P = forget.device, forget[0].numel(), sum(p.numel() for p in parameters.values())
+    low, high = (round(share * diffusion.T) for share in t_range)
+    z = {k: torch.zeros_like(m, requires_grad=True) for k, m in posterior.mean.items()}
+    if anchor is None:
+        optimizer = torch.optim.SGD(z.values(), lr, momentum=0.9)
+    else:  # F is stiff in some directions and flat in others; Adam's step, lr sigma* for each parameter, suits both
+        optimizer = torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99))
+
+    def theta():
+        return {k: posterior.mean[k] + posterior.std[k] * z[k] for k in z}
+
+    def put(values):
+        with torch.no_grad():
+            for k, p in parameters.items():
+                p.copy_(values[k])
+
+    put(posterior.mean)
+    past, history = 0.0, []
+    with tqdm(range(steps), desc="unlearning", unit="step", dynamic_ncols=True, disable=not progress) as bar:
+        for step in bar:
+            values = theta()
+            moved = lambda *args: functional_call(unet, values, args)  # unet with theta = mu* + sigma* z
+            x0 = forget[torch.randint(len(forget), (batch_size,)).to(device)]
+            t = stratified_timesteps(batch_size, low, high, device)
+            eps = torch.randn_like(x0)
+            a = plasticity_loss(moved, diffusion, x0, t, eps)  # (B,)
+            if bound is not None:  # beyond the paper: past `bound` times its old error a sample has been forgotten
+                with torch.no_grad():
+                    limit = bound * plasticity_loss(anchor.unet, diffusion, x0, t, eps)  # (B,)
+                past = 0.9 * past + 0.1 * (a > limit).float().mean().item()
+                a = torch.minimum(a, limit)  # and no longer pushes
+            A, B = a.mean(), stability_loss(values, posterior)
+            loss = P * vdu_loss(A, B, gamma, D, P)  # times P, so that lr does not depend on the network's size
+            if anchor is not None:
+                F_ = anchor.loss(moved, batch_size).mean()
+                loss = loss + P * weight * F_ / D
+            if not math.isfinite(loss.item()):
+                put(posterior.mean)
+                raise UserError(f"the loss became {loss.item()} at step {step + 1}; nothing was written, the old checkpoint is as it was: "
+                                f"try a larger --gamma than {gamma:g} or a smaller --lr than {lr:g}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            rms = math.sqrt(2 * B.item() / P)
+            history.append({"A": A.item() / D, "B": B.item() / P, "moved": rms})
+            shown = {"A": f"{A.item() / D:.4f}", "B": f"{B.item() / P:.5f}", "moved": f"{rms:.4f} sigma"}
+            if anchor is not None:
+                shown |= {"F": f"{F_.item() / D:.5f}", "forgotten": f"{100 * past:.0f}%"}
+            bar.set_postfix(shown, refresh=False)
+            if (stop is not None and stop.requested) or (stop_share is not None and past >= stop_share):
+                break
+    put(theta())
+    B = stability_loss(dict(unet.named_parameters()), posterior).item()
+    return {"steps": len(history), "A_before": history[0]["A"], "A_after": history[-1]["A"], "B": B / P,
+            "moved_rms_sigma": math.sqrt(2 * B / P), "past_bound": past if bound is not None else None}
+
+
+def main(args):
+    """Run the command line. Raises UserError for anything that the user can put right."""
+    from train_ddpm import class_indices, load_data_of, to_float  # here, not above: train_ddpm.py imports this file
+
+    function_space = args.function_space > 0
+    gamma, lr, steps, batch_size = (
+        given if given is not None else default[function_space]
+        for given, default in ((args.gamma, GAMMA), (args.lr, LR), (args.steps, STEPS), (args.batch_size, BATCH_SIZE))
+    )
+    if not 0 <= gamma <= 1:
+        raise UserError(f"--gamma must be from 0 (gradient ascent alone) to 1 (no unlearning), not {gamma:g}")
+    if steps < 1 or batch_size < 1 or not lr > 0 or args.function_space < 0:
+        raise UserError("need --steps and --batch-size of at least 1, --lr above 0 and --function-space of at least 0")
+    if args.forget_samples is not None and args.forget_samples < 1:
+        raise UserError("--forget-samples must be at least 1")
+    if not 0 <= args.t_range[0] < args.t_range[1] <= 1:
+        raise UserError("--t-range needs two shares of T, 0 <= LOW < HIGH <= 1")
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.checkpoint, device)
+    if checkpoint.forgotten:
+        raise UserError(f"{args.checkpoint} has already forgotten {', '.join(checkpoint.forgotten['classes'])}, and its posterior is that of "
+                        f"{checkpoint.forgotten['checkpoint']}: forget all at once from there, --forget-class A B")
+    classes = checkpoint.data["classes"]
+    indices = class_indices(args.forget_class, classes)
+    names = [classes[i] for i in indices]
+    never_seen = [name for name in names if name in checkpoint.data["excluded"]]
+    if never_seen:
+        raise UserError(f"{args.checkpoint} was trained without {', '.join(never_seen)}: nothing to forget")
+    stem, extension = os.path.splitext(args.checkpoint)
+    output = args.output or f"{stem}-forget-{'-'.join(names)}{extension}"
+    if os.path.abspath(output) == os.path.abspath(args.checkpoint):
+        raise UserError("--output is the --checkpoint itself: evaluate.py needs both, choose another")
+    check_output(output, args.overwrite)
+
+    posterior = checkpoint.posterior
+    if args.posterior:
+        posterior = GaussianPosterior.from_checkpoints(args.posterior).to(device)
+        check_parameters(", ".join(args.posterior), posterior.mean, args.checkpoint, dict(checkpoint.unet.named_parameters()))
+    if posterior is None:
+        raise UserError(f"{args.checkpoint} holds no posterior (training was stopped before it began): finish it with "
+                        "python train_ddpm.py --resume, or give snapshots with --posterior a.pt b.pt c.pt")
+    if args.isotropic:
+        posterior = posterior.isotropic()
+
+    # The dataset's file holds every class; everything but D_f is dropped here, before anything looks at it.
+    images, labels = load_data_of(checkpoint, args.data_root)
+    generator = torch.Generator().manual_seed(args.seed)
+    chosen = []
+    for i in indices:
+        of_class = (labels == i).nonzero().flatten()
+        chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[: args.forget_samples]])
+    forget = to_float(images[torch.cat(chosen)]).to(device)  # (N, C, H, W)
+    del images, labels
+    print(f"forgetting {', '.join(names)}: {len(forget):,} images, gamma {gamma:g}, at most {steps} steps of {batch_size} on {device}; "
+          f"posterior of {posterior.n} checkpoints")
+
+    began = time.time()
+    anchor = None
+    if function_space:
+        reference = load_checkpoint(args.checkpoint, device).unet.requires_grad_(False)
+        reference.load_state_dict({**reference.state_dict(), **posterior.mean})  # theta*: where unlearning starts
+        anchor = FunctionSpaceAnchor(reference, checkpoint.diffusion, forget, seed=args.seed + 1, progress=True)
+    with StopRequest() as stop:
+        result = unlearn(checkpoint.unet, checkpoint.diffusion, posterior, forget, gamma, lr, steps, batch_size, args.t_range,
+                         args.seed, anchor, args.function_space, args.bound if function_space else None,
+                         args.stop_share if function_space else None, progress=True, stop=stop)
+    settings = {"gamma": gamma, "lr": lr, "steps": steps, "batch_size": batch_size, "t_range": list(args.t_range),
+                "forget_samples": args.forget_samples, "isotropic": args.isotropic, "posterior": args.posterior,
+                "function_space": args.function_space, "bound": args.bound, "stop_share": args.stop_share, "seed": args.seed}
+    save_checkpoint(output, {
+        **{k: v for k, v in checkpoint.raw.items() if k != "train"},
+        "weights": checkpoint.unet.state_dict(),
+        "posterior": posterior.state_dict(),
+        "forgotten": {"classes": names, "images": len(forget), "checkpoint": args.checkpoint, "settings": settings, **result},
+    })
+    why = "interrupted, and saved as it stood" if stop.requested else "done"
+    print(f"{why} after {result['steps']} steps ({time.time() - began:.0f} s): A {result['A_before']:.4f} -> {result['A_after']:.4f}, "
+          f"theta moved {result['moved_rms_sigma']:.4f} sigma (rms over parameters)\nwrote {output}; see what came of it: python evaluate.py")
+    if stop.requested:
+        raise KeyboardInterrupt
+
+
+# Defaults, (the paper's two terms alone, with --function-space); README says how they were found.
+GAMMA = (0.63, 0.03)
+LR = (0.0083, 0.02)
+STEPS = (120, 200)
+BATCH_SIZE = (256, 64)
+
+
+def parser():
+    def default(pair):
+        return f"(default: {pair[0]}; with --function-space {pair[1]})"
+
+    p = ArgumentParser(prog="vdu.py", description=__doc__)
+    p.add_argument("--forget-class", nargs="+", required=True, metavar="CLASS", help="one or several classes to forget, by name")
+    p.add_argument("--checkpoint", default="checkpoints/mnist.pt", metavar="FILE", help="the trained model")
+    p.add_argument("--output", metavar="FILE", help="the unlearned model (default: CHECKPOINT-forget-CLASS.pt)")
+    p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    p.add_argument("--gamma", type=float, help=f"0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller forgets more {default(GAMMA)}")
+    p.add_argument("--lr", type=float, help="step size in posterior standard deviations: of gradient descent, or of Adam with "
+                                            f"--function-space {default(LR)}")
+    p.add_argument("--steps", type=int, help=f"steps, at most {default(STEPS)}")
+    p.add_argument("--batch-size", type=int, help=f"images a step; large ones calm the gradient {default(BATCH_SIZE)}")
+    p.add_argument("--t-range", type=float, nargs=2, default=(0.7, 1.0), metavar=("LOW", "HIGH"),
+                   help="shares of T between which the plasticity term draws t: at high noise it is decided which class "
+                        "an image will be. 0 1 is the paper's choice, all of them")
+    p.add_argument("--forget-samples", type=int, metavar="N", help="see only N images of each forgotten class (default: all)")
+    p.add_argument("--posterior", nargs="+", metavar="FILE", help="estimate mu* and sigma* from these checkpoints, snapshots of one "
+                                                                  "training, instead of the posterior in --checkpoint")
+    p.add_argument("--isotropic", action="store_true", help="one sigma for all parameters, for comparison: what the posterior's shape is worth")
+    g = p.add_argument_group("beyond the paper")
+    g.add_argument("--function-space", type=float, default=0.0, metavar="WEIGHT",
+                   help="also keep eps_theta as it was on images that the model itself generates; 10 works well, 0 is off")
+    g.add_argument("--bound", type=float, default=2.0, help="with --function-space: an image whose error is this many times the old one "
+                                                            "counts as forgotten and stops pushing")
+    g.add_argument("--stop-share", type=float, default=0.5, help="with --function-space: stop once this share of images is past the bound")
+    p.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: where the model was trained)")
+    p.add_argument("--seed", type=int, default=0, help="repeats a run on the same machine")
+    p.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
+    return p
+
+
+if __name__ == "__main__":
+    run_command_line(lambda: main(parser().parse_args()))

@@ -1,0 +1,248 @@
+"""The paper's losses and posterior: against torch.distributions, finite differences, and a closed-form toy."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from ddpm import Diffusion, UserError
+from unet import UNet
+from vdu import (FunctionSpaceAnchor, GaussianPosterior, RunningPosterior, looks_forgotten, plasticity_loss, stability_loss,
+                 unlearn, vdu_loss)
+
+
+def random_posterior(shapes=((3, 2), (4,)), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mean = {f"p{i}": torch.randn(s, generator=g, dtype=torch.float64) for i, s in enumerate(shapes)}
+    std = {k: torch.rand(m.shape, generator=g, dtype=torch.float64) + 0.1 for k, m in mean.items()}
+    return GaussianPosterior(mean, std, n=10)
+
+
+def random_theta(posterior, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return {k: m + torch.randn(m.shape, generator=g, dtype=torch.float64) for k, m in posterior.mean.items()}
+
+
+def test_stability_loss_is_zero_at_the_mean_alone():
+    posterior = random_posterior()
+    assert stability_loss(posterior.mean, posterior) == 0
+    assert stability_loss(random_theta(posterior), posterior) > 0
+
+
+def test_stability_gradient_is_that_of_finite_differences():
+    posterior = random_posterior()
+    theta = {k: v.requires_grad_() for k, v in random_theta(posterior).items()}
+    stability_loss(theta, posterior).backward()
+    h = 1e-6
+    for k, p in theta.items():
+        for i in range(p.numel()):
+            up, down = ({n: v.detach().clone() for n, v in theta.items()} for _ in range(2))
+            up[k].view(-1)[i] += h
+            down[k].view(-1)[i] -= h
+            numeric = (stability_loss(up, posterior) - stability_loss(down, posterior)) / (2 * h)
+            assert p.grad.view(-1)[i].item() == pytest.approx(numeric.item(), rel=1e-6, abs=1e-6)
+
+
+def test_objective_is_the_kl_of_gaussians_up_to_its_constants():
+    """B = KL(q || p(theta | D)) - KL at theta = mu*, for q = prod N(theta_i, s_i^2) with any fixed s."""
+    posterior = random_posterior()
+    theta = random_theta(posterior)
+    s = {k: torch.rand_like(v) + 0.05 for k, v in theta.items()}
+
+    def kl(center):
+        return sum(kl_divergence(Normal(center[k], s[k]), Normal(posterior.mean[k], posterior.std[k])).sum() for k in center)
+
+    B = stability_loss(theta, posterior)
+    assert B.item() == pytest.approx((kl(theta) - kl(posterior.mean)).item(), rel=1e-12)
+    # The whole objective: KL(q || Z p(theta|D) / p(D_f|theta)) = KL(q || p(theta|D)) + log p(D_f|theta) + const, with
+    # log p(D_f|theta) = -A, for a likelihood that is Gaussian in theta, so that A is known.
+    def A(t):
+        return sum((v - 2).square().sum() for v in t.values())
+
+    gamma = 0.5  # both terms at the weight 1/2
+    exact = kl(theta) - A(theta)
+    reference = kl(posterior.mean) - A(posterior.mean)
+    difference = vdu_loss(A(theta), B, gamma) - vdu_loss(A(posterior.mean), 0.0, gamma)
+    assert difference.item() == pytest.approx(0.5 * (exact - reference).item(), rel=1e-12)
+
+
+def test_gamma_interpolates():
+    assert vdu_loss(3.0, 5.0, 0.0) == -3 and vdu_loss(3.0, 5.0, 1.0) == 5
+    assert vdu_loss(3.0, 5.0, 0.25) == pytest.approx(-0.75 * 3 + 0.25 * 5)
+    assert vdu_loss(3.0, 5.0, 0.25, D=2, P=10) == pytest.approx(-0.75 * 1.5 + 0.25 * 0.5)
+
+
+def test_stability_does_not_depend_on_names_or_order():
+    posterior = random_posterior()
+    theta = random_theta(posterior)
+    order = {k: torch.randperm(v.numel()) for k, v in theta.items()}
+    relabel = lambda d: {f"new-{k}": d[k].reshape(-1)[order[k]] for k in reversed(list(d))}
+    shuffled = GaussianPosterior(relabel(posterior.mean), relabel(posterior.std), posterior.n)
+    assert stability_loss(relabel(theta), shuffled).item() == pytest.approx(stability_loss(theta, posterior).item(), rel=1e-12)
+
+
+def test_running_posterior_is_mean_and_std():
+    torch.manual_seed(0)
+    draws = torch.randn(40, 3, 2) * 0.01 + 5  # a spread small beside the mean, where naive sums of squares fail
+    running = RunningPosterior([("w", draws[0])])
+    for w in draws:
+        running.update([("w", w)])
+    posterior = running.posterior()
+    assert torch.allclose(posterior.mean["w"].double(), draws.double().mean(0), rtol=1e-6)
+    assert torch.allclose(posterior.std["w"].double(), draws.double().std(0), rtol=1e-3)
+    assert posterior.n == 40
+
+
+def test_a_parameter_that_never_moved_stays_finite():
+    running = RunningPosterior([("w", torch.ones(2))])
+    for _ in range(3):
+        running.update([("w", torch.ones(2))])
+    posterior = running.posterior()
+    assert stability_loss({"w": torch.ones(2)}, posterior) == 0
+    assert torch.isfinite(stability_loss({"w": torch.zeros(2)}, posterior))
+
+
+def test_isotropic_keeps_mean_and_total_variance():
+    posterior = random_posterior()
+    iso = posterior.isotropic()
+    total = lambda p: sum(s.square().sum().item() for s in p.std.values())
+    assert iso.mean is posterior.mean and total(iso) == pytest.approx(total(posterior))
+    assert len({s for v in iso.std.values() for s in v.flatten().tolist()}) == 1
+
+
+def test_plasticity_loss_is_the_squared_error_and_its_gradient():
+    d = Diffusion("cosine", 100)
+    w = torch.tensor(0.3, requires_grad=True)
+    unet = lambda x, t: w * x
+    torch.manual_seed(0)
+    x0, eps, t = torch.randn(4, 1, 5, 5), torch.randn(4, 1, 5, 5), torch.tensor([0, 20, 60, 99])
+    a = plasticity_loss(unet, d, x0, t, eps)
+    xt = d.alpha_bar[t].sqrt().view(-1, 1, 1, 1) * x0 + (1 - d.alpha_bar[t]).sqrt().view(-1, 1, 1, 1) * eps
+    assert torch.allclose(a, (eps - 0.3 * xt).square().sum((1, 2, 3)), rtol=1e-5)
+    a.mean().backward()
+    assert w.grad.item() == pytest.approx((-2 * xt * (eps - 0.3 * xt)).sum((1, 2, 3)).mean().item(), rel=1e-4)
+
+
+# --- a toy: 4x4 images of two classes, bright left and bright right -------------------------------------------------
+
+
+def toy_images(n, left, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.full((n, 1, 4, 4), -0.7)
+    x[:, :, :, :2] += 1.4 * left
+    x[:, :, :, 2:] += 1.4 * (1 - left)
+    return x + 0.1 * torch.randn(x.shape, generator=g)
+
+
+def share_left(x):
+    return (x[..., :2].mean((1, 2, 3)) > x[..., 2:].mean((1, 2, 3))).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A small DDPM of both classes and its posterior, trained here in a few seconds."""
+    torch.manual_seed(0)
+    d = Diffusion("cosine", 100)
+    unet = UNet(model_channels=16, channel_mult=(1,), num_heads=1, alpha_bar=d.alpha_bar)
+    images = torch.cat([toy_images(500, 1), toy_images(500, 0, seed=1)])
+    steps = 500
+    optimizer = torch.optim.Adam(unet.parameters(), lr=3e-3)
+    running = RunningPosterior(unet.named_parameters())
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * max(0.1, 1 - step / (0.7 * steps))
+        x0 = images[torch.randint(len(images), (64,))]
+        loss = d.simple_loss(unet, x0, torch.randint(0, 100, (64,)), torch.randn_like(x0)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step >= 0.7 * steps:
+            running.update(unet.named_parameters())
+    posterior = running.posterior()
+    unet.load_state_dict(posterior.mean)
+    return d, unet.eval(), posterior
+
+
+def draw(d, unet, n=200):
+    return d.sample(unet, n, (1, 4, 4), steps=20, eta=1.0)
+
+
+def test_the_toy_knows_both_classes(toy):
+    d, unet, _ = toy
+    assert 0.3 < share_left(draw(d, unet)) < 0.7
+
+
+def test_gamma_1_leaves_the_model_at_the_posterior_mean(toy):
+    d, unet, posterior = toy
+    model = copy.deepcopy(unet)
+    torch.nn.init.normal_(model.out[2].weight)  # wherever it was
+    result = unlearn(model, d, posterior, toy_images(64, 1), gamma=1.0, lr=0.01, steps=5, batch_size=16)
+    assert all(torch.equal(p, posterior.mean[k]) for k, p in model.named_parameters())
+    assert result["B"] == 0 and result["steps"] == 5
+
+
+def test_unlearning_raises_the_error_on_the_forgotten_class_more(toy):
+    """One plain step along the posterior's gradient direction: A of D_f grows, and grows more than the other class's."""
+    d, unet, posterior = toy
+    model = copy.deepcopy(unet)
+    unlearn(model, d, posterior, toy_images(500, 1), gamma=0.05, lr=0.004, steps=30, batch_size=64, t_range=(0.3, 1.0))
+
+    @torch.no_grad()
+    def error(net, x0):
+        torch.manual_seed(5)
+        t = torch.arange(30, 100).repeat_interleave(len(x0) // 70)
+        return plasticity_loss(net, d, x0[: len(t)], t, torch.randn(len(t), 1, 4, 4)).mean().item()
+
+    growth = [error(model, toy_images(490, left, seed=7)) - error(unet, toy_images(490, left, seed=7)) for left in (1, 0)]
+    assert growth[0] > 0 and growth[0] > 1.5 * growth[1]
+
+
+def test_forgets_one_of_two_classes(toy):
+    """End to end: `left` goes, and what is drawn instead are still images of the class that stays."""
+    d, unet, posterior = toy
+    forget = toy_images(500, 1)
+    anchor = FunctionSpaceAnchor(copy.deepcopy(unet).requires_grad_(False), d, forget, n=300, drop=0.55)
+    model = copy.deepcopy(unet)
+    before = share_left(draw(d, unet))
+    unlearn(model, d, posterior, forget, gamma=0.001, lr=0.1, steps=150, batch_size=64, t_range=(0.3, 1.0),
+            anchor=anchor, weight=3.0, bound=4.0)
+    samples = draw(d, model)
+    after = share_left(samples)
+    assert before > 0.3 and after < 0.1 * before
+    right = samples[samples[..., :2].mean((1, 2, 3)) <= samples[..., 2:].mean((1, 2, 3))].mean(0)
+    assert (right - toy_images(500, 0).mean(0)).abs().mean() < 0.25
+
+
+def test_same_seed_same_result(toy):
+    d, unet, posterior = toy
+    models = [copy.deepcopy(unet) for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1)):
+        unlearn(model, d, posterior, toy_images(64, 1), gamma=0.5, lr=0.01, steps=3, batch_size=16, seed=seed)
+    flat = [torch.cat([p.flatten() for p in m.parameters()]) for m in models]
+    assert torch.equal(flat[0], flat[1]) and not torch.equal(flat[0], flat[2])
+
+
+def test_infinite_loss_stops_with_the_step_and_leaves_the_mean(toy):
+    d, unet, posterior = toy
+    model = copy.deepcopy(unet)
+    with pytest.raises(UserError, match=r"at step \d+"):
+        unlearn(model, d, posterior, toy_images(64, 1), gamma=0.0, lr=1e12, steps=50, batch_size=16)
+    assert all(torch.equal(p, posterior.mean[k]) for k, p in model.named_parameters())
+
+
+def test_looks_forgotten_ranks_the_forgotten_class_first(toy):
+    d, unet, _ = toy
+    generated = torch.cat([toy_images(60, 1, seed=3), toy_images(60, 0, seed=4)])
+    ratio = looks_forgotten(unet, d, generated, toy_images(100, 1, seed=5))
+    assert ratio.shape == (120,) and (ratio > 0).all()
+    left, right = ratio[:60], ratio[60:]
+    auc = (right[:, None] > left[None]).float().mean().item()
+    assert auc > 0.95
+
+
+def test_posterior_of_another_network_is_refused(toy):
+    d, unet, posterior = toy
+    with pytest.raises(UserError, match="do not match"):
+        unlearn(UNet(model_channels=32, channel_mult=(1,), num_heads=1), d, posterior, toy_images(8, 1), gamma=0.5, lr=0.1, steps=1)
