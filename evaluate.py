@@ -22,7 +22,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, UserError, autocast, load_checkpoint, pick_device, read_file, run_command_line,
-                  save_checkpoint, seed_everything)
+                  save_checkpoint)
 from train_ddpm import load_data_of, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -170,67 +170,98 @@ def describe(samples, classifier, classes, forgotten, real_features, device):
     }
 
 
+def parent_of(after, after_path):
+    """The checkpoint that `after` was unlearned from: where vdu.py read it, or beside `after` if it has moved since."""
+    if not after.forgotten:
+        raise UserError(f"{after_path} was not made by vdu.py; name the model to compare it with: --before FILE")
+    written = after.forgotten["checkpoint"]
+    beside = Path(after_path).parent / Path(written).name
+    return written if os.path.exists(written) or not beside.exists() else str(beside)
+
+
 def evaluate(args):
-    """Run the command line's evaluation; returns the report, a dict, that it also writes."""
+    """Run the command line's evaluation: one report for each of args.after. Raises UserError for what the user can put right."""
     if args.samples < 2 or args.sampling_steps < 1:
         raise UserError("need --samples of at least 2 and --sampling-steps of at least 1")
-    after_path = args.after or newest_unlearned("checkpoints")
+    paths = args.after or [newest_unlearned("checkpoints")]
+    if len(paths) > 1 and (args.output or args.save_samples):
+        raise UserError("--output and --save-samples are for one --after; several reports go to results/NAME each")
+    outputs = [Path(args.output or f"results/{Path(path).stem}") for path in paths]
+    for output in outputs:
+        if (output / "report.json").exists() and not args.overwrite:
+            raise UserError(f"{output / 'report.json'} exists already; add --overwrite to replace it, or choose another --output")
     device = pick_device(args.device)
-    after = load_checkpoint(after_path, device)
-    before_path = args.before or (after.forgotten or {}).get("checkpoint")
-    if before_path is None:
-        raise UserError(f"{after_path} was not made by vdu.py; name the model to compare it with: --before FILE")
-    before = load_checkpoint(before_path, device)
-    if before.dataset != after.dataset or before.config["image_shape"] != after.config["image_shape"]:
-        raise UserError(f"{before_path} was trained on {before.dataset}, {after_path} on {after.dataset}: compare models of one dataset")
+
+    known = {}  # what several reports share: by parent, its samples, the classifier and the real images' features
+    for path, output in zip(paths, outputs):
+        began = time.time()
+        after = load_checkpoint(path, device)
+        before_path = args.before or parent_of(after, path)
+        if before_path not in known:
+            known.clear()
+            known[before_path] = Before(load_checkpoint(before_path, device), args, device)
+        report = compare(known[before_path], after, output, args, device)
+        print(table(report))
+        print(f"wrote {output / 'report.json'}, before.png, after.png ({time.time() - began:.0f} s)")
+
+
+class Before:
+    """The model before, the classifier of its dataset, the real images' features; and, once asked for, its samples."""
+
+    def __init__(self, checkpoint, args, device):
+        self.checkpoint = checkpoint
+        self.classifier, self.accuracy = get_classifier(checkpoint, args.data_root, device, seed=0, folder="checkpoints")
+        images, self.labels = load_data_of(checkpoint, args.data_root)
+        self.real_features = features_and_probabilities(self.classifier, images, device)[0]  # (N, 128)
+        self.samples = None
+
+
+def draw(checkpoint, args):
+    """args.samples samples of a checkpoint's model, (N, C, H, W) uint8, the same noise for every model."""
+    print(f"sampling from {checkpoint.path}")
+    x = checkpoint.diffusion.sample(checkpoint.unet, args.samples, checkpoint.config["image_shape"], steps=args.sampling_steps,
+                                    eta=args.eta, seed=args.seed, progress=True)
+    return to_uint8(x)
+
+
+def compare(before, after, output, args, device):
+    """Draw from both models, write report.json, before.png and after.png into `output`, and return the report, a dict."""
+    parent = before.checkpoint
+    if parent.dataset != after.dataset or parent.config["image_shape"] != after.config["image_shape"]:
+        raise UserError(f"{parent.path} was trained on {parent.dataset}, {after.path} on {after.dataset}: compare models of one dataset")
     classes = after.data["classes"]
     names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
     if not names:
-        raise UserError(f"{after_path} has forgotten nothing: it is a model of all classes; make one with vdu.py")
+        raise UserError(f"{after.path} has forgotten nothing: it is a model of all classes; make one that has with vdu.py")
     forgotten = [classes.index(name) for name in names]
-    output = Path(args.output or f"results/{Path(after_path).stem}")
-    report_path = output / "report.json"
-    if report_path.exists() and not args.overwrite:
-        raise UserError(f"{report_path} exists already; add --overwrite to replace it, or choose another --output")
-    began = time.time()
-
-    classifier, accuracy = get_classifier(before, args.data_root, device, seed=0, folder="checkpoints")
-    images, labels = load_data_of(before, args.data_root)
-    retained = images[~torch.isin(labels, torch.tensor(forgotten))]
-    real_features = features_and_probabilities(classifier, retained, device)[0]
-
-    samples, results = {}, {}
-    for name, model in (("before", before), ("after", after)):
-        print(f"{name}: {model.path}")
-        x = model.diffusion.sample(model.unet, args.samples, before.config["image_shape"], steps=args.sampling_steps,
-                                   eta=args.eta, seed=args.seed, progress=True)
-        samples[name] = to_uint8(x)
-        results[name] = describe(samples[name], classifier, classes, forgotten, real_features, device)
+    if before.samples is None:
+        before.samples = draw(parent, args)
+    samples = {"before": before.samples, "after": draw(after, args)}
+    retained = before.real_features[~torch.isin(before.labels, torch.tensor(forgotten))]  # u-FID: the retained classes only
+    results = {name: describe(x, before.classifier, classes, forgotten, retained, device) for name, x in samples.items()}
 
     pul = percentage_of_unlearning(results["before"]["forgotten_count"], results["after"]["forgotten_count"])
     report = {
         "forgotten": names,
         "PUL": None if math.isnan(pul) else pul,
-        "before": {"checkpoint": before_path, **results["before"]},
-        "after": {"checkpoint": after_path, **results["after"]},
+        "before": {"checkpoint": parent.path, **results["before"]},
+        "after": {"checkpoint": after.path, **results["after"]},
         "u_fid_ratio": results["after"]["u_fid"] / results["before"]["u_fid"],
         "u_fid_features": "the penultimate layer of the classifier (128 numbers), not Inception's: compare within this dataset only",
         "u_fid_real_images": len(retained),
-        "classifier_accuracy": accuracy,
+        "classifier_accuracy": before.accuracy,
         "samples": args.samples, "sampling_steps": args.sampling_steps, "eta": args.eta, "seed": args.seed,
-        "data": before.data, "unlearning": after.forgotten, "device": str(device),
+        "data": parent.data, "unlearning": after.forgotten, "device": str(device),
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name in samples:
             save_image(samples[name][:64].float() / 255, output / f"{name}.png", nrow=8)
-        report_path.write_text(json.dumps(report, indent=2) + "\n")
+        (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"cannot write into {output} ({e}); choose another --output") from e
     if args.save_samples:
         save_checkpoint(args.save_samples, samples)
-    print(table(report))
-    print(f"wrote {report_path}, before.png, after.png ({time.time() - began:.0f} s)")
     return report
 
 
@@ -256,7 +287,7 @@ def table(report):
 
 def parser():
     p = ArgumentParser(prog="evaluate.py", description=__doc__)
-    p.add_argument("--after", metavar="FILE", help="the unlearned checkpoint (default: the newest in checkpoints/)")
+    p.add_argument("--after", nargs="+", metavar="FILE", help="the unlearned checkpoint, or several (default: the newest in checkpoints/)")
     p.add_argument("--before", metavar="FILE", help="the model to compare it with (default: the one it was unlearned from)")
     p.add_argument("--output", metavar="DIR", help="where the report goes (default: results/NAME-OF-AFTER)")
     p.add_argument("--overwrite", action="store_true", help="replace the report if it exists")

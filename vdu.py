@@ -189,10 +189,15 @@ class FunctionSpaceAnchor:
         self.images = generated[ratio.cpu().argsort(descending=True)[: round((1 - drop) * n)]].to(forget.device)
         self.ratio, self.generated = ratio, generated
 
-    def loss(self, unet, batch_size):
-        """F on a random batch of anchors: (B,), summed over the D dimensions, as A is."""
+    def loss(self, unet, batch_size, low, high):
+        """F on a random batch of anchors: (B,), summed over the D dimensions, as A is.
+
+        Half of the batch takes t from all of 0 .. T-1, half from low .. high-1, where A pushes: there F has most to hold.
+        """
         x0 = self.images[torch.randint(len(self.images), (batch_size,)).to(self.images.device)]
-        t = stratified_timesteps(batch_size, 0, self.diffusion.T, x0.device)
+        half = batch_size // 2
+        t = torch.cat([stratified_timesteps(half, low, high, x0.device),
+                       stratified_timesteps(batch_size - half, 0, self.diffusion.T, x0.device)])  # (B,)
         xt = self.diffusion.q_sample(x0, t, torch.randn_like(x0))
         with autocast(x0.device):
             with torch.no_grad():
@@ -270,6 +275,8 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
     past, history = 0.0, []
     with tqdm(range(steps), desc="unlearning", unit="step", dynamic_ncols=True, disable=not progress) as bar:
         for step in bar:
+            if anchor is not None:
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)  # Adam's steps do not shrink by themselves
             values = theta()
             moved = lambda *args: functional_call(unet, values, args)  # unet with theta = mu* + sigma* z
             x0 = forget[torch.randint(len(forget), (batch_size,)).to(device)]
@@ -284,7 +291,7 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
             A, B = a.mean(), stability_loss(values, posterior)
             loss = P * vdu_loss(A, B, gamma, D, P)  # times P, so that lr does not depend on the network's size
             if anchor is not None:
-                F_ = anchor.loss(moved, batch_size).mean()
+                F_ = anchor.loss(moved, batch_size, low, high).mean()
                 loss = loss + P * weight * F_ / D
             if not math.isfinite(loss.item()):
                 put(posterior.mean)
@@ -313,9 +320,9 @@ def main(args):
     from train_ddpm import class_indices, load_data_of, to_float  # here, not above: train_ddpm.py imports this file
 
     function_space = args.function_space > 0
-    gamma, lr, steps, batch_size = (
+    gamma, lr, steps, batch_size, t_range = (
         given if given is not None else default[function_space]
-        for given, default in ((args.gamma, GAMMA), (args.lr, LR), (args.steps, STEPS), (args.batch_size, BATCH_SIZE))
+        for given, default in ((args.gamma, GAMMA), (args.lr, LR), (args.steps, STEPS), (args.batch_size, BATCH_SIZE), (args.t_range, T_RANGE))
     )
     if not 0 <= gamma <= 1:
         raise UserError(f"--gamma must be from 0 (gradient ascent alone) to 1 (no unlearning), not {gamma:g}")
@@ -323,7 +330,7 @@ def main(args):
         raise UserError("need --steps and --batch-size of at least 1, --lr above 0 and --function-space of at least 0")
     if args.forget_samples is not None and args.forget_samples < 1:
         raise UserError("--forget-samples must be at least 1")
-    if not 0 <= args.t_range[0] < args.t_range[1] <= 1:
+    if not 0 <= t_range[0] < t_range[1] <= 1:
         raise UserError("--t-range needs two shares of T, 0 <= LOW < HIGH <= 1")
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, device)
@@ -371,10 +378,10 @@ def main(args):
         reference.load_state_dict({**reference.state_dict(), **posterior.mean})  # theta*: where unlearning starts
         anchor = FunctionSpaceAnchor(reference, checkpoint.diffusion, forget, seed=args.seed + 1, progress=True)
     with StopRequest() as stop:
-        result = unlearn(checkpoint.unet, checkpoint.diffusion, posterior, forget, gamma, lr, steps, batch_size, args.t_range,
+        result = unlearn(checkpoint.unet, checkpoint.diffusion, posterior, forget, gamma, lr, steps, batch_size, t_range,
                          args.seed, anchor, args.function_space, args.bound if function_space else None,
                          args.stop_share if function_space else None, progress=True, stop=stop)
-    settings = {"gamma": gamma, "lr": lr, "steps": steps, "batch_size": batch_size, "t_range": list(args.t_range),
+    settings = {"gamma": gamma, "lr": lr, "steps": steps, "batch_size": batch_size, "t_range": list(t_range),
                 "forget_samples": args.forget_samples, "isotropic": args.isotropic, "posterior": args.posterior,
                 "function_space": args.function_space, "bound": args.bound, "stop_share": args.stop_share, "seed": args.seed}
     save_checkpoint(output, {
@@ -392,9 +399,10 @@ def main(args):
 
 # Defaults, (the paper's two terms alone, with --function-space); README says how they were found.
 GAMMA = (0.63, 0.03)
-LR = (0.0083, 0.02)
-STEPS = (120, 200)
+LR = (0.0083, 0.03)
+STEPS = (85, 150)
 BATCH_SIZE = (256, 64)
+T_RANGE = ((0.7, 1.0), (0.3, 1.0))
 
 
 def parser():
@@ -411,16 +419,16 @@ def parser():
                                             f"--function-space {default(LR)}")
     p.add_argument("--steps", type=int, help=f"steps, at most {default(STEPS)}")
     p.add_argument("--batch-size", type=int, help=f"images a step; large ones calm the gradient {default(BATCH_SIZE)}")
-    p.add_argument("--t-range", type=float, nargs=2, default=(0.7, 1.0), metavar=("LOW", "HIGH"),
-                   help="shares of T between which the plasticity term draws t: at high noise it is decided which class "
-                        "an image will be. 0 1 is the paper's choice, all of them")
+    p.add_argument("--t-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="shares of T between which the plasticity term draws t: at high noise it is decided which class an image "
+                        f"will be. 0 1 is the paper's choice, all of them {default(T_RANGE)}")
     p.add_argument("--forget-samples", type=int, metavar="N", help="see only N images of each forgotten class (default: all)")
     p.add_argument("--posterior", nargs="+", metavar="FILE", help="estimate mu* and sigma* from these checkpoints, snapshots of one "
                                                                   "training, instead of the posterior in --checkpoint")
     p.add_argument("--isotropic", action="store_true", help="one sigma for all parameters, for comparison: what the posterior's shape is worth")
     g = p.add_argument_group("beyond the paper")
     g.add_argument("--function-space", type=float, default=0.0, metavar="WEIGHT",
-                   help="also keep eps_theta as it was on images that the model itself generates; 10 works well, 0 is off")
+                   help="also keep eps_theta as it was on images that the model itself generates; 5 works well, 0 is off")
     g.add_argument("--bound", type=float, default=2.0, help="with --function-space: an image whose error is this many times the old one "
                                                             "counts as forgotten and stops pushing")
     g.add_argument("--stop-share", type=float, default=0.5, help="with --function-space: stop once this share of images is past the bound")

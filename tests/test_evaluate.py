@@ -1,0 +1,68 @@
+"""The metrics: Frechet distance against its closed form, PUL, intervals."""
+
+import math
+
+import pytest
+import torch
+
+from evaluate import frechet_distance, percentage_of_unlearning, wilson_interval
+
+
+def whitened(n, d, seed):
+    """n points whose sample mean is exactly 0 and sample covariance exactly the identity."""
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+
+
+def test_frechet_distance_is_its_closed_form():
+    x = whitened(500, 6, 0)
+    assert frechet_distance(x, x + 2) == pytest.approx(6 * 4, rel=1e-9)  # equal covariances: the means' distance
+    # commuting covariances: || m ||^2 + sum (s_a - s_b)^2
+    s_a, s_b = torch.tensor([1.0, 2, 3, 0.5, 1, 4]).double(), torch.tensor([2.0, 2, 1, 0.1, 3, 4]).double()
+    assert frechet_distance(x * s_a, x * s_b + 1) == pytest.approx(6 + (s_a - s_b).square().sum().item(), rel=1e-9)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 5).double(), torch.randn(5, 5).double()
+    x = whitened(400, 5, 1)
+    cov_a, cov_b = a @ a.T, b @ b.T
+    product_roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # tr (C_a C_b)^1/2
+    expected = (cov_a.trace() + cov_b.trace() - 2 * product_roots).item()
+    assert frechet_distance(x @ a.T, x @ b.T) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_equal_sets_is_zero_and_it_is_symmetric():
+    torch.manual_seed(0)
+    x, y = torch.randn(300, 8) * 3 + 1, torch.randn(200, 8)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
+    q = torch.linalg.qr(torch.randn(8, 8))[0]
+    assert frechet_distance(x @ q, y @ q) == pytest.approx(frechet_distance(x, y), rel=1e-4)
+
+
+def test_frechet_distance_survives_a_singular_covariance():
+    x = torch.randn(50, 20)
+    x[:, 10:] = 0
+    y = x.clone()
+    y[:, 0] += 3
+    assert frechet_distance(x, y) == pytest.approx(9, rel=1e-4)
+
+
+def test_pul():
+    assert percentage_of_unlearning(200, 0) == 100
+    assert percentage_of_unlearning(200, 50) == 75
+    assert percentage_of_unlearning(200, 200) == 0
+    assert percentage_of_unlearning(100, 150) == -50
+    assert math.isnan(percentage_of_unlearning(0, 3))
+
+
+def test_wilson_interval_covers_95_percent():
+    torch.manual_seed(0)
+    for p in (0.02, 0.1, 0.5):
+        counts = torch.distributions.Binomial(300, torch.tensor(p)).sample((2000,)).int().tolist()
+        covered = sum(low <= p <= high for low, high in (wilson_interval(c, 300) for c in counts)) / 2000
+        assert 0.92 < covered < 0.98
+    assert wilson_interval(0, 100)[0] == 0 and 0 < wilson_interval(0, 100)[1] < 0.05
+    assert wilson_interval(100, 100)[1] == 1
