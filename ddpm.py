@@ -299,7 +299,7 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); try --device cpu") from e
+        raise UserError(f"device {name!r} cannot be used here ({first_line(e)}); try --device cpu") from e
     return device
 
 
@@ -379,10 +379,15 @@ def save_checkpoint(path, contents):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         kept = ", the file that was there is untouched" if os.path.exists(path) else ""
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}){kept}; free some space or choose another --output") from e
+        raise UserError(f"cannot write {path} ({first_line(e)}){kept}; free some space or choose another --output") from e
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type's name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_file(path):
@@ -394,7 +399,7 @@ def read_file(path):
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is not a file of weights and was refused: it holds other Python objects, or no pickle at all") from e
     except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is damaged or cut short, or no PyTorch file ({str(e).splitlines()[0][:80]})") from e
+        raise UserError(f"{path} is damaged or cut short, or no PyTorch file ({first_line(e)[:80]})") from e
 
 
 def load_checkpoint(path, device="cpu"):
@@ -412,7 +417,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         unet.load_state_dict(raw["weights"])
     except RuntimeError as e:
-        raise UserError(f"{path}: the weights do not fit the network that the file describes ({str(e).splitlines()[1].strip()[:120]})") from e
+        raise UserError(f"{path}: the weights do not fit the network that the file describes ({str(e).splitlines()[-1].strip()[:120]})") from e
     posterior = raw.get("posterior") and GaussianPosterior(**raw["posterior"]).to(device)
     return Checkpoint(unet.eval(), diffusion, posterior, raw["config"], raw["data"]["name"], raw["data"],
                       raw["step"], raw.get("forgotten"), os.fspath(path), raw)

@@ -198,11 +198,22 @@ def evaluate(args):
         after = load_checkpoint(path, device)
         before_path = args.before or parent_of(after, path)
         if before_path not in known:
-            known.clear()
-            known[before_path] = Before(load_checkpoint(before_path, device), args, device)
+            before = load_checkpoint(before_path, device)
+            check_comparable(before, after)
+            known[before_path] = Before(before, args, device)
         report = compare(known[before_path], after, output, args, device)
         print(table(report))
         print(f"wrote {output / 'report.json'}, before.png, after.png ({time.time() - began:.0f} s)")
+
+
+def check_comparable(before, after):
+    """The names of the classes that `after` has forgotten. Raises UserError unless there are some, and both know one dataset."""
+    if before.dataset != after.dataset or before.config["image_shape"] != after.config["image_shape"]:
+        raise UserError(f"{before.path} was trained on {before.dataset}, {after.path} on {after.dataset}: compare models of one dataset")
+    names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
+    if not names:
+        raise UserError(f"{after.path} has forgotten nothing: it is a model of all classes; make one that has with vdu.py")
+    return names
 
 
 class Before:
@@ -227,12 +238,7 @@ def draw(checkpoint, args):
 def compare(before, after, output, args, device):
     """Draw from both models, write report.json, before.png and after.png into `output`, and return the report, a dict."""
     parent = before.checkpoint
-    if parent.dataset != after.dataset or parent.config["image_shape"] != after.config["image_shape"]:
-        raise UserError(f"{parent.path} was trained on {parent.dataset}, {after.path} on {after.dataset}: compare models of one dataset")
-    classes = after.data["classes"]
-    names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
-    if not names:
-        raise UserError(f"{after.path} has forgotten nothing: it is a model of all classes; make one that has with vdu.py")
+    classes, names = after.data["classes"], check_comparable(parent, after)
     forgotten = [classes.index(name) for name in names]
     if before.samples is None:
         before.samples = draw(parent, args)

@@ -28,7 +28,7 @@ from torchvision.datasets import MNIST
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, StopRequest, UserError, build, count, pick_device, read_file,
+from ddpm import (ArgumentParser, StopRequest, UserError, build, count, first_line, pick_device, read_file,
                   run_command_line, save_checkpoint, seed_everything, stratified_timesteps)
 from vdu import RunningPosterior
 
@@ -74,7 +74,7 @@ def load_dataset(name, root=None, train=True):
                 finally:
                     socket.setdefaulttimeout(timeout)
         except (RuntimeError, OSError) as e:
-            print(f"no network to download MNIST ({str(e).splitlines()[0]}): using the 5,000 MNIST images in {MNIST_5K.name}")
+            print(f"no network to download MNIST ({first_line(e)}): using the 5,000 MNIST images in {MNIST_5K.name}")
             return load_mnist_5k(data)
     data["root"] = os.path.abspath(root)
     return dataset.data[:, None], dataset.targets, data  # (N, 28, 28) -> (N, 1, 28, 28)

@@ -206,13 +206,13 @@ def test_forgets_one_of_two_classes(toy):
     anchor = FunctionSpaceAnchor(copy.deepcopy(unet).requires_grad_(False), d, forget, n=300, drop=0.55)
     model = copy.deepcopy(unet)
     before = share_left(draw(d, unet))
-    unlearn(model, d, posterior, forget, gamma=0.001, lr=0.1, steps=150, batch_size=64, t_range=(0.3, 1.0),
-            anchor=anchor, weight=3.0, bound=4.0)
+    unlearn(model, d, posterior, forget, gamma=0.001, lr=0.2, steps=150, batch_size=64, t_range=(0.5, 1.0),
+            anchor=anchor, weight=0.3, bound=20.0)
     samples = draw(d, model)
     after = share_left(samples)
     assert before > 0.3 and after < 0.1 * before
     right = samples[samples[..., :2].mean((1, 2, 3)) <= samples[..., 2:].mean((1, 2, 3))].mean(0)
-    assert (right - toy_images(500, 0).mean(0)).abs().mean() < 0.25
+    assert (right - toy_images(500, 0).mean(0)).abs().mean() < 0.05
 
 
 def test_same_seed_same_result(toy):
