@@ -3,7 +3,7 @@
 Holds    Diffusion (q and p of DDPM, both losses, ancestral and DDIM sampling), load_checkpoint, save_checkpoint,
          and the small things that the three command lines share (devices, errors, seeds).
 Reads    checkpoint files.      Writes    checkpoint files, atomically.
-Paper    VDU (arXiv 2510.04058), section 2 (background). Its sources, cited below as
+Paper    VDU (arXiv 2510.04058), its background on diffusion models. The sources, cited below as
          DDPM = Ho et al. 2020 (arXiv 2006.11239), DDIM = Song et al. 2021 (arXiv 2010.02502).
 
 The paper counts t = 1 .. T. Here t is an index, 0 .. T-1, into buffers: t=0 is the paper's first noise step, so
@@ -137,8 +137,8 @@ class Diffusion(nn.Module):
         """
         B, D = x0.shape[0], x0[0].numel()
         generator = torch.Generator().manual_seed(seed)
-        x0_64 = x0.double().cpu()
-        abar_T = self.alpha_bar[-1].double().cpu()
+        x0_64 = x0.cpu().double()
+        abar_T = self.alpha_bar[-1].cpu().double()
         q_T = Normal(abar_T.sqrt() * x0_64, (1 - abar_T).sqrt())
         L_T = kl_divergence(q_T, Normal(0.0, 1.0)).flatten(1).sum(1)  # (B,) nats
 
@@ -146,19 +146,19 @@ class Diffusion(nn.Module):
         for t in tqdm(range(self.T - 1, 0, -1), desc="variational bound", disable=not progress):
             tt = torch.full((B,), t, device=x0.device)
             eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-            error = (eps - unet(self.q_sample(x0, tt, eps), tt)).double().square().flatten(1).sum(1)  # (B,)
-            beta, alpha, abar = self.beta[t].double(), self.alpha[t].double(), self.alpha_bar[t].double()
-            q_var = self.posterior_variance[t].double()  # beta tilde_t
+            error = (eps - unet(self.q_sample(x0, tt, eps), tt)).cpu().double().square().flatten(1).sum(1)  # (B,)
+            beta, alpha, abar = (b[t].cpu().double() for b in (self.beta, self.alpha, self.alpha_bar))
+            q_var = self.posterior_variance[t].cpu().double()  # beta tilde_t
             p_var = beta if variance == "beta" else q_var  # sigma_t^2
             weight = beta**2 / (2 * p_var * alpha * (1 - abar))  # DDPM eq. 12: the KL between means, in terms of eps
             spread = (p_var / q_var).log() + q_var / p_var - 1  # and between variances: 0 where they are equal
-            L_t[:, t - 1] = (weight * error + D / 2 * spread).cpu()
+            L_t[:, t - 1] = weight * error + D / 2 * spread
 
         t0 = torch.zeros(B, dtype=torch.long, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         x1 = self.q_sample(x0, t0, eps)
-        mean = self.predict_x0(x1, t0, unet(x1, t0)).double().cpu()  # sigma_1^2 = beta_1 either way: beta tilde_1 = 0
-        L_0 = -discretized_gaussian_log_likelihood(x0_64, mean, self.beta[0].double().cpu().sqrt()).flatten(1).sum(1)
+        mean = self.predict_x0(x1, t0, unet(x1, t0)).cpu().double()  # sigma_1^2 = beta_1 either way: beta tilde_1 = 0
+        L_0 = -discretized_gaussian_log_likelihood(x0_64, mean, self.beta[0].cpu().double().sqrt()).flatten(1).sum(1)
 
         nats = 1 / (D * math.log(2))  # nats of an image -> bits per dimension
         return {"L_T": L_T * nats, "L_t": L_t * nats, "L_0": L_0 * nats, "total": (L_T + L_t.sum(1) + L_0) * nats}
@@ -179,7 +179,7 @@ class Diffusion(nn.Module):
         x0 = self._x0(unet, xt, t, clip)
         abar = self._at(self.alpha_bar, t, xt)
         abar_prev = torch.where(t_prev < 0, 1.0, self.alpha_bar[t_prev.clamp(min=0)]).view_as(abar)
-        # The direction to x_t comes from the clipped x_0, so that the two agree. max(): float32 rounds 1 - abar.
+        # The direction to x_t comes from the clipped x_0, so that the two agree.
         eps = (xt - abar.sqrt() * x0) / (1 - abar).sqrt()
         sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
         return abar_prev.sqrt() * x0 + (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps + sigma * z
@@ -258,7 +258,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    def _get_help_string(self, action):  # no "(default: None)", and none beside a default that the text explains
+        return action.help if not action.default or "(default:" in action.help else super()._get_help_string(action)
+
+
+def seed_number(text):
+    """A seed from the command line: an integer from 0 up."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 up, not {text!r}")
+    return int(text)
 
 
 def run_command_line(main):

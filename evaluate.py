@@ -6,7 +6,7 @@ Holds    the classifier that counts, PUL, u-FID, and the report.
 Reads    an unlearned checkpoint and its parent (the newest unlearned one and the one it came from, unless told), and
          the dataset they were trained on. Retained images are needed here, to measure; vdu.py never sees them.
 Writes   results/NAME/report.json, before.png, after.png; and once a dataset, the classifier, in checkpoints/.
-Paper    VDU (arXiv 2510.04058), section 5: PUL (percentage of unlearning) and u-FID.
+Paper    VDU (arXiv 2510.04058), experiments: PUL (percentage of unlearning) and u-FID.
 """
 
 import json
@@ -22,7 +22,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, UserError, autocast, load_checkpoint, pick_device, read_file, run_command_line,
-                  save_checkpoint)
+                  save_checkpoint, seed_number)
 from train_ddpm import load_data_of, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ from train_ddpm import load_data_of, to_float, to_uint8
 
 
 def percentage_of_unlearning(n_before, n_after):
-    """PUL = 100 (n_before - n_after) / n_before, n counting samples of the forgotten class (VDU, section 5).
+    """PUL = 100 (n_before - n_after) / n_before, n counting samples of the forgotten class (VDU, experiments).
 
     100 when none is left, 0 when nothing changed, below 0 when there are more. nan if there was none to begin with.
     """
@@ -302,7 +302,7 @@ def parser():
     p.add_argument("--eta", type=float, default=1.0, help="DDIM's noise: 0 is deterministic, 1 as noisy as ancestral sampling")
     p.add_argument("--save-samples", metavar="FILE.pt", help="keep the samples: {'before', 'after'}, each (N, C, H, W) uint8")
     p.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: where the model was trained)")
-    p.add_argument("--seed", type=int, default=0, help="the noise of the samples, the same for both models")
+    p.add_argument("--seed", type=seed_number, default=0, help="the noise of the samples, the same for both models")
     p.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
     return p
 

@@ -7,7 +7,7 @@ Reads    MNIST, through torchvision (downloaded into data/, or found in --data-r
          MNIST images in tests/data/mnist_5k.npz.
 Writes   checkpoints/mnist.pt: averaged weights theta*, posterior (mu*, sigma*), settings, data; and a grid of samples
          beside it, checkpoints/mnist.png.
-Paper    VDU (arXiv 2510.04058), section 2: theta* was trained on D = D_r and D_f together; and section 4: mu* and
+Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f together (its setting), and mu* and
          sigma* are the mean and standard deviation of each parameter over training checkpoints. Here the
          checkpoints are the weights along the last part of one run, at a constant learning rate, folded into
          running sums as they pass. SGD at a constant rate wanders around its optimum, widely where the loss is
@@ -29,7 +29,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, UserError, build, count, first_line, pick_device, read_file,
-                  run_command_line, save_checkpoint, seed_everything, stratified_timesteps)
+                  run_command_line, save_checkpoint, seed_everything, seed_number, stratified_timesteps)
 from vdu import RunningPosterior
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def parser():
     p.add_argument("--posterior-every", type=int, default=5, metavar="N", help="take every N-th step's weights into it")
     p.add_argument("--sample-every", type=int, default=0, metavar="N", help="draw a grid of samples every N steps (0: at the end only)")
     p.add_argument("--save-every", type=int, default=1000, metavar="N", help="save every N steps, in case the machine stops")
-    p.add_argument("--seed", type=int, default=0, help="repeats a run on the same machine")
+    p.add_argument("--seed", type=seed_number, default=0, help="repeats a run on the same machine")
     p.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
     return p
 

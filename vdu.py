@@ -5,7 +5,7 @@
 Holds    the posterior p(theta | D), the two losses of the paper and their sum, the unlearning loop, the command line.
 Reads    a checkpoint of train_ddpm.py, and the images of the forgotten class alone. Never a retained image.
 Writes   a checkpoint of the same format, checkpoints/mnist-forget-1.pt, which remembers what was forgotten and how.
-Paper    VDU (arXiv 2510.04058), section 4: plasticity inducer, stability regularizer, objective. What goes beyond
+Paper    VDU (arXiv 2510.04058), its method: plasticity inducer, stability regularizer, objective. What goes beyond
          the paper is the option --function-space alone, and is marked so wherever it appears.
 """
 
@@ -19,7 +19,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, UserError, autocast, check_output, load_checkpoint, pick_device,
-                  run_command_line, save_checkpoint, stratified_timesteps)
+                  run_command_line, save_checkpoint, seed_number, stratified_timesteps)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The posterior p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2)
@@ -28,7 +28,7 @@ SIGMA_FLOOR = 1e-8  # for a parameter that no checkpoint moved: it stays where i
 
 
 class GaussianPosterior:
-    """p(theta | D) as independent Gaussians, one a parameter (VDU, section 4).
+    """p(theta | D) as independent Gaussians, one a parameter (VDU, its approximation of p(theta | D)).
 
     mean, std: dicts from parameter names to tensors of the parameters' shapes (mu*, sigma*).  n: checkpoints behind them.
     """
@@ -433,7 +433,7 @@ def parser():
                                                             "counts as forgotten and stops pushing")
     g.add_argument("--stop-share", type=float, default=0.5, help="with --function-space: stop once this share of images is past the bound")
     p.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: where the model was trained)")
-    p.add_argument("--seed", type=int, default=0, help="repeats a run on the same machine")
+    p.add_argument("--seed", type=seed_number, default=0, help="repeats a run on the same machine")
     p.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
     return p
 

@@ -1,7 +1,6 @@
 """The paper's losses and posterior: against torch.distributions, finite differences, and a closed-form toy."""
 
 import copy
-import math
 
 import pytest
 import torch
