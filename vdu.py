@@ -178,6 +178,11 @@ class FunctionSpaceAnchor:
     or F would hold on to what A pushes away: `looks_forgotten` ranks them, from D_f and the network alone, and the
     `drop` share that looks most like D_f is left out.
 
+    With it, L = -(1-gamma) E[ min(a / a*, bound) ] + gamma B/P + weight F / E[a*], where a is one image's error at one
+    t and eps, and a* the pre-trained network's: the relative error weighs every t and every class alike, where A's sum
+    is ruled by the low t, at which the class was decided long before. Past the bound an image counts as forgotten and
+    stops pushing: A has no floor of its own.
+
     unet: the pre-trained network, at theta*.  forget: (N, C, H, W) images of D_f.  n: images to generate.
     """
 
@@ -283,22 +288,23 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
             t = stratified_timesteps(batch_size, low, high, device)
             eps = torch.randn_like(x0)
             a = plasticity_loss(moved, diffusion, x0, t, eps)  # (B,)
-            if bound is not None:  # beyond the paper: past `bound` times its old error a sample has been forgotten
-                with torch.no_grad():
-                    limit = bound * plasticity_loss(anchor.unet, diffusion, x0, t, eps)  # (B,)
-                past = 0.9 * past + 0.1 * (a > limit).float().mean().item()
-                a = torch.minimum(a, limit)  # and no longer pushes
             A, B = a.mean(), stability_loss(values, posterior)
-            loss = P * vdu_loss(A, B, gamma, D, P)  # times P, so that lr does not depend on the network's size
-            if anchor is not None:
+            if anchor is None:
+                loss = vdu_loss(A, B, gamma, D, P)
+            else:  # beyond the paper: each error over what theta* made of the same x_t, so that no t and no class outweighs others
+                with torch.no_grad():
+                    a_star = plasticity_loss(anchor.unet, diffusion, x0, t, eps)  # (B,)
+                growth = a / a_star  # (B,), 1 at theta*
+                past = 0.9 * past + 0.1 * (growth > bound).float().mean().item()
                 F_ = anchor.loss(moved, batch_size, low, high).mean()
-                loss = loss + P * weight * F_ / D
+                # Past the bound a sample counts as forgotten and stops pushing.
+                loss = vdu_loss(growth.clamp(max=bound).mean(), B, gamma, 1, P) + weight * F_ / a_star.mean()
             if not math.isfinite(loss.item()):
                 put(posterior.mean)
                 raise UserError(f"the loss became {loss.item()} at step {step + 1}; nothing was written, the old checkpoint is as it was: "
                                 f"try a larger --gamma than {gamma:g} or a smaller --lr than {lr:g}")
             optimizer.zero_grad()
-            loss.backward()
+            (P * loss).backward()  # times P, so that lr does not depend on the network's size
             optimizer.step()
 
             rms = math.sqrt(2 * B.item() / P)
@@ -398,11 +404,11 @@ def main(args):
 
 
 # Defaults, (the paper's two terms alone, with --function-space); README says how they were found.
-GAMMA = (0.63, 0.03)
+GAMMA = (0.63, 0.63)
 LR = (0.0083, 0.03)
-STEPS = (85, 150)
+STEPS = (85, 120)
 BATCH_SIZE = (256, 64)
-T_RANGE = ((0.7, 1.0), (0.3, 1.0))
+T_RANGE = ((0.7, 1.0), (0.5, 1.0))
 
 
 def parser():
@@ -428,7 +434,7 @@ def parser():
     p.add_argument("--isotropic", action="store_true", help="one sigma for all parameters, for comparison: what the posterior's shape is worth")
     g = p.add_argument_group("beyond the paper")
     g.add_argument("--function-space", type=float, default=0.0, metavar="WEIGHT",
-                   help="also keep eps_theta as it was on images that the model itself generates; 4 works well, 0 is off")
+                   help="also keep eps_theta as it was on images that the model itself generates; 1.5 works well, 0 is off")
     g.add_argument("--bound", type=float, default=2.0, help="with --function-space: an image whose error is this many times the old one "
                                                             "counts as forgotten and stops pushing")
     g.add_argument("--stop-share", type=float, default=0.5, help="with --function-space: stop once this share of images is past the bound")

@@ -205,8 +205,8 @@ def test_forgets_one_of_two_classes(toy):
     anchor = FunctionSpaceAnchor(copy.deepcopy(unet).requires_grad_(False), d, forget, n=300, drop=0.55)
     model = copy.deepcopy(unet)
     before = share_left(draw(d, unet))
-    unlearn(model, d, posterior, forget, gamma=0.001, lr=0.2, steps=150, batch_size=64, t_range=(0.5, 1.0),
-            anchor=anchor, weight=0.3, bound=20.0)
+    unlearn(model, d, posterior, forget, gamma=0.1, lr=0.2, steps=100, batch_size=64, t_range=(0.5, 1.0),
+            anchor=anchor, weight=1.5, bound=20.0)
     samples = draw(d, model)
     after = share_left(samples)
     assert before > 0.3 and after < 0.1 * before
