@@ -408,7 +408,7 @@ GAMMA = (0.63, 0.63)
 LR = (0.0083, 0.03)
 STEPS = (85, 120)
 BATCH_SIZE = (256, 64)
-T_RANGE = ((0.7, 1.0), (0.5, 1.0))
+T_RANGE = ((0.7, 1.0), (0.3, 1.0))
 
 
 def parser():
@@ -434,7 +434,7 @@ def parser():
     p.add_argument("--isotropic", action="store_true", help="one sigma for all parameters, for comparison: what the posterior's shape is worth")
     g = p.add_argument_group("beyond the paper")
     g.add_argument("--function-space", type=float, default=0.0, metavar="WEIGHT",
-                   help="also keep eps_theta as it was on images that the model itself generates; 1.5 works well, 0 is off")
+                   help="also keep eps_theta as it was on images that the model itself generates; 2.5 works well, 0 is off")
     g.add_argument("--bound", type=float, default=2.0, help="with --function-space: an image whose error is this many times the old one "
                                                             "counts as forgotten and stops pushing")
     g.add_argument("--stop-share", type=float, default=0.5, help="with --function-space: stop once this share of images is past the bound")
