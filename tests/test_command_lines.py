@@ -152,7 +152,8 @@ def test_other_networks_and_other_datasets(folder):
     raw = torch.load(folder / "checkpoints/mnist.pt", weights_only=True)
     other = {**raw, "data": {**raw["data"], "name": "letters"}}
     torch.save(other, folder / "letters.pt")
-    refused(command("evaluate.py", "--before", "letters.pt", "--after", "checkpoints/mnist-forget-1.pt", cwd=folder), "letters", "mnist")
+    refused(command("evaluate.py", "--before", "letters.pt", "--after", "checkpoints/mnist-forget-1.pt", "--overwrite",
+                    cwd=folder), "letters", "mnist")
     unet, _ = ddpm.build({**raw["config"], "unet": {**raw["config"]["unet"], "model_channels": 16}})
     narrow = {**raw, "config": {**raw["config"], "unet": {**raw["config"]["unet"], "model_channels": 16}}, "weights": unet.state_dict(), "posterior": None}
     torch.save(narrow, folder / "narrow.pt")
