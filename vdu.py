@@ -403,7 +403,7 @@ def main(args):
         raise KeyboardInterrupt
 
 
-# Defaults, (the paper's two terms alone, with --function-space); README says how they were found.
+# Defaults: (the paper's two terms alone, with --function-space), found on the digits 1, 8 and 9 of MNIST.
 GAMMA = (0.63, 0.63)
 LR = (0.0083, 0.03)
 STEPS = (85, 120)
