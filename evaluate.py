@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, UserError, autocast, load_checkpoint, pick_device, read_file, run_command_line,
+from ddpm import (ArgumentParser, UserError, autocast, check_output, load_checkpoint, pick_device, read_file, run_command_line,
                   save_checkpoint, seed_number)
 from train_ddpm import load_data_of, to_float, to_uint8
 
@@ -188,8 +188,7 @@ def evaluate(args):
         raise UserError("--output and --save-samples are for one --after; several reports go to results/NAME each")
     outputs = [Path(args.output or f"results/{Path(path).stem}") for path in paths]
     for output in outputs:
-        if (output / "report.json").exists() and not args.overwrite:
-            raise UserError(f"{output / 'report.json'} exists already; add --overwrite to replace it, or choose another --output")
+        check_output(output / "report.json", args.overwrite)
     device = pick_device(args.device)
 
     known = {}  # what several reports share: by parent, its samples, the classifier and the real images' features

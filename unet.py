@@ -137,7 +137,7 @@ class UNet(nn.Module):
                            eps, and still the same loss, but F is then the velocity v of Salimans & Ho (2022), of
                            unit scale at every t. Without it, at t near T, eps_theta must copy x_t through all its
                            layers to within sqrt(abar_t), as an error e in eps is one of e*sqrt((1-abar_t)/abar_t)
-                           in x_0: with bfloat16 that is out of reach, and samples drift in brightness.
+                           in x_0, which bfloat16's three digits cannot give.
     """
 
     def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
