@@ -20,6 +20,7 @@ import random
 import signal
 import sys
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +51,12 @@ def cosine_schedule(timesteps):
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+def scaled_linear_schedule(timesteps):
+    """sqrt(beta_t) from sqrt(0.00085) to sqrt(0.012), evenly: latent diffusion's and Stable Diffusion's (Rombach et al. 2022). (T,) float64."""
+    return torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=torch.float64) ** 2
+
+
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "scaled_linear": scaled_linear_schedule}
 
 
 def stratified_timesteps(n, low, high, device="cpu", generator=None):
@@ -66,7 +72,7 @@ def stratified_timesteps(n, low, high, device="cpu", generator=None):
 class Diffusion(nn.Module):
     """The forward process q and the reverse process p_theta of DDPM, for a network eps_theta called as unet(x_t, t).
 
-    schedule: "linear" or "cosine".  timesteps: T.  Every buffer is (T,), float32, computed in float64.
+    schedule: "linear", "cosine" or "scaled_linear".  timesteps: T.  Every buffer is (T,), float32, computed in float64.
     """
 
     def __init__(self, schedule="linear", timesteps=1000):
@@ -311,13 +317,18 @@ def pick_device(name="auto"):
     return device
 
 
+PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+precision = "auto"  # the command lines that offer --precision set it
+
+
 def autocast(device):
-    """bfloat16 autocast where the device gains by it (recent CUDA GPUs, CPUs with AVX512-BF16), else nothing."""
+    """Autocast to `precision`; "auto" is bfloat16 where the device gains by it (recent CUDA GPUs, CPUs with AVX512-BF16), else nothing."""
     device = torch.device(device)
     gains = (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)) or (
         device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     )
-    return torch.autocast(device.type, torch.bfloat16) if gains else contextlib.nullcontext()
+    dtype = PRECISIONS[precision] or (torch.bfloat16 if gains else torch.float32)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def seed_everything(seed):
@@ -325,6 +336,18 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def peak_memory(device):
+    """The most memory that this process has held, as text: of the GPU's, or the resident set on a CPU."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return "not known on this system"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 
 
 def count(n):
@@ -398,15 +421,60 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def read_file(path):
-    """torch.load(weights_only=True) with errors that say what is wrong. Never executes what a pickle asks for."""
+class StandIn:
+    """What a class of somebody else's package becomes when a file is read: it takes whatever it is given, and does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        # A trainer's objects and dictionaries: torch's reader fills no mapping but its own. numpy's numbers set a state.
+        return super().__new__(cls) if cls.__module__.startswith("numpy") else OrderedDict()
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# What training tools leave beside the weights in a file, and which the standard library would count among its own.
+HARMLESS = {"argparse.Namespace", "collections.defaultdict", "collections.deque", "datetime.datetime", "datetime.timedelta",
+            "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.Path", "typing.Any", "numpy.core.multiarray.scalar",
+            "numpy._core.multiarray.scalar", "numpy.dtype", "builtins.bool", "builtins.dict", "builtins.float", "builtins.frozenset",
+            "builtins.int", "builtins.list", "builtins.str", "builtins.tuple"}
+
+
+def harmless(name):
+    """Whether a foreign name in a pickle may be read past: a class (CapWords) from outside Python and torch, or one listed above.
+
+    Nothing of that name is imported or called either way: a StandIn takes its place. But a file that asks for a function
+    (posix.system, builtins.exec, ...) is no file of weights with a trainer's leftovers, and is better refused.
+    """
+    module, _, last = name.rpartition(".")
+    root = module.split(".")[0]
+    return name in HARMLESS or (root not in sys.stdlib_module_names and root != "torch" and last[:1].isupper())
+
+
+def read_file(path, mmap=False, make_one="train one with: python train_ddpm.py --dataset mnist"):
+    """torch.load(weights_only=True) with errors that say what is wrong. Never executes what a pickle asks for.
+
+    Objects of other packages beside the weights (a trainer's callbacks) are read as StandIns. mmap=True leaves the
+    numbers on disk until they are needed. Raises UserError for a file that is missing, cut short, or asks for more.
+    """
     if not os.path.isfile(path):
-        raise UserError(f"no checkpoint at {path}; train one with: python train_ddpm.py --dataset mnist")
+        raise UserError(f"no checkpoint at {path}; {make_one}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        is_zip = zipfile.is_zipfile(path)  # torch's format since 1.6; only this one can be listed and mapped
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        refused = sorted(name for name in foreign if not harmless(name))
+        if refused:
+            raise UserError(f"{path} is not a file of weights and was refused: it asks for {', '.join(refused[:3])}")
+        stand_ins = [type(name.rpartition(".")[2], (StandIn,), {"__module__": name.rpartition(".")[0]}) for name in foreign]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+    except UserError:
+        raise
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is not a file of weights and was refused: it holds other Python objects, or no pickle at all") from e
-    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as e:
+    except (RuntimeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged or cut short, or no PyTorch file ({first_line(e)[:80]})") from e
 
 

@@ -1,12 +1,14 @@
 """The network eps_theta(x_t, t): one U-Net for every dataset of this repository.
 
-Holds    UNet and its blocks: sinusoidal time embedding, residual block, self-attention, down- and upsampling.
+Holds    UNet and its blocks: sinusoidal time embedding, residual block, self-attention, down- and upsampling; and, for
+         text-to-image models, the spatial transformer, which attends to the prompt as well.
 Reads    nothing.            Writes    nothing.
 Paper    VDU (arXiv 2510.04058) takes this network as given: it unlearns by moving its weights, theta.
          The architecture is DDPM's (Ho et al. 2020, appendix B); the module names are those of Stable
          Diffusion v1's checkpoints, below `model.diffusion_model.`, so that the same class can load them.
 
-Shapes in the comments: B images, C channels, H x W pixels, E = 4 * model_channels (the time embedding's width).
+Shapes in the comments: B images, C channels, H x W pixels, E = 4 * model_channels (the time embedding's width),
+L tokens of context_dim numbers (the encoded prompt), h attention heads.
 """
 
 import math
@@ -14,6 +16,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(t, dim, max_period=10_000):
@@ -30,9 +33,9 @@ def timestep_embedding(t, dim, max_period=10_000):
     return F.pad(emb, (0, dim % 2))  # (B, dim)
 
 
-def normalization(channels):
+def normalization(channels, eps=1e-5):
     """GroupNorm in 32 groups, or in the most that divide both 32 and `channels` (narrow networks)."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
 
 
 def zero_module(module):
@@ -84,6 +87,81 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h).view(B, C, H, W)
 
 
+class CrossAttention(nn.Module):
+    """Attention from x to a context: to the encoded prompt, or to x itself where there is none (Rombach et al. 2022, section 3.3)."""
+
+    def __init__(self, channels, context_dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Identity())  # in the published model, a dropout of 0
+
+    def forward(self, x, context=None):
+        context = x if context is None else context  # (B, L, context_dim)
+        heads = lambda y: y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, h, N, C/h)
+        h = F.scaled_dot_product_attention(heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context)))
+        return self.to_out(h.transpose(1, 2).flatten(2))  # (B, h, N, C/h) -> (B, N, C)
+
+
+class GEGLU(nn.Module):
+    """a * gelu(b), with a and b two linear maps of x (Shazeer 2020): one half gates the other."""
+
+    def __init__(self, channels, out_channels):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
+
+    def forward(self, x):
+        a, gate = self.proj(x).chunk(2, dim=-1)  # (B, N, C) -> 2 x (B, N, C')
+        return a * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two layers, four times as wide inside, pixel by pixel."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Pixels attend to each other (attn1), then to the prompt (attn2), then each by itself (ff)."""
+
+    def __init__(self, channels, context_dim, num_heads):
+        super().__init__()
+        self.attn1 = CrossAttention(channels, channels, num_heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = CrossAttention(channels, context_dim, num_heads)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, x, context):  # (B, HW, C), (B, L, context_dim)
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """x + transformer(x, context): where the prompt enters the network, and all of where it does."""
+
+    def __init__(self, channels, num_heads, context_dim):
+        super().__init__()
+        self.norm = normalization(channels, eps=1e-6)  # Stable Diffusion's own eps; its residual blocks keep 1e-5
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
+        self.proj_out = zero_module(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, context):
+        H, W = x.shape[-2:]
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))  # (B, C, H, W)
+
+
 class Downsample(nn.Module):
     """Halve height and width with a strided convolution (an odd size rounds up)."""
 
@@ -107,15 +185,17 @@ class Upsample(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Call each layer with what it needs beside x: the time embedding, or the size to return to."""
+    """Call each layer with what it needs beside x: the time embedding, the encoded prompt, or the size to return to."""
 
-    def forward(self, x, emb, size=None):
+    def forward(self, x, emb, context=None, size=None):
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
-            else:  # a convolution, attention; Stable Diffusion's spatial transformer would take its context here
+            else:  # a convolution, self-attention
                 x = layer(x)
         return x
 
@@ -127,8 +207,10 @@ class UNet(nn.Module):
     model_channels         width of the first level
     channel_mult           width of each level, as a multiple of model_channels; each level halves the resolution
     num_res_blocks         residual blocks a level on the way down (one more on the way up)
-    attention_resolutions  downsampling factors (1, 2, 4, ...) of the levels that have self-attention
+    attention_resolutions  downsampling factors (1, 2, 4, ...) of the levels that have attention
     num_heads              attention heads
+    context_dim            None: self-attention, and no context. Else a spatial transformer stands in its place, which
+                           attends to a context of that width too: Stable Diffusion's encoded prompt.
     dropout                inside the residual blocks
     patch_size             space-to-depth factor p: the network works on (H/p) x (W/p) "pixels" of p*p*C numbers, and
                            its output is rearranged back. 2 costs a quarter of 1 for the same width.
@@ -141,10 +223,11 @@ class UNet(nn.Module):
     """
 
     def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
-                 attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1, alpha_bar=None):
+                 attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1, alpha_bar=None, context_dim=None):
         super().__init__()
         self.model_channels = model_channels
         self.patch_size = patch_size
+        self.gradient_checkpointing = False  # True: keep no activation inside a block, compute it again on the way back
         # The schedule is no parameter of the network and lives in ddpm.py: persistent=False keeps it out of state_dict.
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
 
@@ -152,6 +235,9 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
+
+        def attention(channels):
+            return AttentionBlock(channels, num_heads) if context_dim is None else SpatialTransformer(channels, num_heads, context_dim)
 
         ch = model_channels
         io_channels = in_channels * patch_size**2
@@ -163,7 +249,7 @@ class UNet(nn.Module):
                 layers = [ResBlock(ch, mult * model_channels, emb_channels, dropout)]
                 ch = mult * model_channels
                 if factor in attention_resolutions:
-                    layers.append(AttentionBlock(ch, num_heads))
+                    layers.append(attention(ch))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 skip_channels.append(ch)
             if level < len(channel_mult) - 1:
@@ -173,7 +259,7 @@ class UNet(nn.Module):
 
         self.middle_block = TimestepEmbedSequential(
             ResBlock(ch, ch, emb_channels, dropout),
-            AttentionBlock(ch, num_heads),
+            attention(ch),
             ResBlock(ch, ch, emb_channels, dropout),
         )
 
@@ -183,7 +269,7 @@ class UNet(nn.Module):
                 layers = [ResBlock(ch + skip_channels.pop(), mult * model_channels, emb_channels, dropout)]
                 ch = mult * model_channels
                 if factor in attention_resolutions:
-                    layers.append(AttentionBlock(ch, num_heads))
+                    layers.append(attention(ch))
                 if level > 0 and i == num_res_blocks:
                     layers.append(Upsample(ch))
                     factor //= 2
@@ -193,9 +279,10 @@ class UNet(nn.Module):
             normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(ch, io_channels, 3, padding=1))
         )
 
-    def forward(self, x, t, return_middle=False):
+    def forward(self, x, t, context=None, return_middle=False):
         """x: (B, C, H, W) noisy images x_t.  t: (B,) step indices 0 .. T-1.  Returns eps_theta: (B, C, H, W) float32.
 
+        context: (B, L, context_dim), the encoded prompts, where the network takes any.
         return_middle=True returns the middle block's features (B, C', h, w) instead: what the network itself
         sees in an image (vdu.py uses them to tell which images look like the forget set).
         """
@@ -207,17 +294,22 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.model_channels))  # (B,) -> (B, E)
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb)
+            h = self._call(block, h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb)
+        h = self._call(self.middle_block, h, emb, context)
         if return_middle:
             return h.float()
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C_skip, h, w)
-            h = block(h, emb, size=skips[-1].shape[-2:] if skips else None)
+            h = self._call(block, h, emb, context, skips[-1].shape[-2:] if skips else None)
         h = F.pixel_shuffle(self.out(h).float(), p)[..., :H, :W]  # (B, C*p*p, H/p, W/p) -> (B, C, H, W)
 
         if self.alpha_bar is None:
             return h
         abar = self.alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         return (1 - abar).sqrt() * x + abar.sqrt() * h
+
+    def _call(self, block, *args):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)

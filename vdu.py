@@ -19,7 +19,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, UserError, autocast, check_output, load_checkpoint, pick_device,
-                  run_command_line, save_checkpoint, seed_number, stratified_timesteps)
+                  run_command_line, save_checkpoint, seed_everything, seed_number, stratified_timesteps)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The posterior p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2)
@@ -51,6 +51,16 @@ class GaussianPosterior:
             check_parameters(path, dict(unet.named_parameters()), paths[0], running.mean)
             running.update(unet.named_parameters())
         return running.posterior()
+
+    @classmethod
+    def from_one_checkpoint(cls, named_parameters, share=0.01):
+        """Where one checkpoint is all there is: mu* its weights, sigma* `share` of each tensor's root mean square.
+
+        A DEPARTURE from the paper, whose sigma* is measured. This one knows only the scale of each tensor, not which of its
+        parameters training pinned down; `n` is 1. std holds one number a tensor.
+        """
+        mean = {k: p.detach().clone() for k, p in named_parameters}
+        return cls(mean, {k: share * m.float().square().mean().sqrt() for k, m in mean.items()}, 1)
 
     def isotropic(self):
         """The same mean, with one sigma for all parameters: the root mean square of sigma*. For comparison only."""
@@ -183,31 +193,36 @@ class FunctionSpaceAnchor:
     is ruled by the low t, at which the class was decided long before. Past the bound an image counts as forgotten and
     stops pushing: A has no floor of its own.
 
-    unet: the pre-trained network, at theta*.  forget: (N, C, H, W) images of D_f.  n: images to generate.
+    frozen: eps_theta*, called as unet is.  images: (N, C, H, W) to anchor, from `generate` or from elsewhere.
+    context: (N, L, E), the encoded prompt of each image, where the network takes any.
     """
 
-    def __init__(self, unet, diffusion, forget, n=1000, drop=0.2, sampling_steps=25, seed=0, progress=False):
-        self.unet, self.diffusion = unet, diffusion
-        shape = tuple(forget.shape[1:])
-        generated = diffusion.sample(unet, n, shape, steps=sampling_steps, eta=1.0, seed=seed, progress=progress)
-        ratio = looks_forgotten(unet, diffusion, generated.to(forget.device), forget)
-        self.images = generated[ratio.cpu().argsort(descending=True)[: round((1 - drop) * n)]].to(forget.device)
-        self.ratio, self.generated = ratio, generated
+    def __init__(self, frozen, diffusion, images, context=None):
+        self.frozen, self.diffusion, self.images, self.context = frozen, diffusion, images, context
+
+    @classmethod
+    def generate(cls, frozen, diffusion, forget, n=1000, drop=0.2, sampling_steps=25, seed=0, progress=False):
+        """Anchors for a network without prompts: n generated images, less the `drop` share that looks most like `forget`."""
+        generated = diffusion.sample(frozen, n, tuple(forget.shape[1:]), steps=sampling_steps, eta=1.0, seed=seed, progress=progress)
+        generated = generated.to(forget.device)
+        ratio = looks_forgotten(frozen, diffusion, generated, forget)
+        return cls(frozen, diffusion, generated[ratio.argsort(descending=True)[: round((1 - drop) * n)]])
 
     def loss(self, unet, batch_size, low, high):
         """F on a random batch of anchors: (B,), summed over the D dimensions, as A is.
 
         Half of the batch takes t from all of 0 .. T-1, half from low .. high-1, where A pushes: there F has most to hold.
         """
-        x0 = self.images[torch.randint(len(self.images), (batch_size,)).to(self.images.device)]
+        index = torch.randint(len(self.images), (batch_size,)).to(self.images.device)
+        x0, context = self.images[index], () if self.context is None else (self.context[index],)
         half = batch_size // 2
         t = torch.cat([stratified_timesteps(half, low, high, x0.device),
                        stratified_timesteps(batch_size - half, 0, self.diffusion.T, x0.device)])  # (B,)
         xt = self.diffusion.q_sample(x0, t, torch.randn_like(x0))
         with autocast(x0.device):
             with torch.no_grad():
-                target = self.unet(xt, t)
-            prediction = unet(xt, t)
+                target = self.frozen(xt, t, *context)
+            prediction = unet(xt, t, *context)
         return (prediction - target).square().flatten(1).sum(1)  # (B, C, H, W) -> (B,)
 
 
@@ -243,12 +258,15 @@ def looks_forgotten(unet, diffusion, generated, forget, k=5, at=(50, 150)):
 # Unlearning
 
 
-def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256, t_range=(0.7, 1.0), seed=0,
-            anchor=None, weight=0.0, bound=None, stop_share=None, progress=False, stop=None):
-    """Move `unet`, in place, from the posterior's mean to a minimum of L. Returns a dict of what happened.
+def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256, t_range=(0.7, 1.0), seed=0, context=None,
+            accumulate=1, anchor=None, weight=0.0, bound=None, stop_share=None, progress=False, stop=None):
+    """Move `unet`, in place, from the posterior's mean towards a minimum of L. Returns a dict of what happened.
 
-    forget: (N, C, H, W) in [-1, 1], images of D_f, all that is ever seen of the data.
+    Those parameters move that require a gradient; the posterior must be of the same.
+    forget: (N, C, H, W) in [-1, 1] (or latents), images of D_f, all that is ever seen of the data.
+    context: (M, L, E) encoded prompts, one drawn for each image at random, where the network takes any.
     gamma, lr, steps, batch_size: as on the command line.  t_range: shares of T between which A draws its t.
+    accumulate: batches whose gradients make one step.
     anchor, weight, bound, stop_share: beyond the paper, see FunctionSpaceAnchor and --help.  stop: has .requested.
     Raises UserError if the posterior is of another network, or the loss becomes infinite or nan (unet is then at mu*).
 
@@ -257,66 +275,76 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
     and a step of gradient descent in z is one of sigma*^2 dL/dtheta in theta, preconditioned by the posterior's
     covariance. (Adam on theta moves every parameter by lr whatever its sigma*: it undoes what B is there for.)
     """
-    parameters = dict(unet.named_parameters())
-    check_parameters("the posterior", posterior.mean, "the network", parameters)
+    theta = {k: p for k, p in unet.named_parameters() if p.requires_grad}
+    check_parameters("the posterior", posterior.mean, "the network", theta)
     torch.manual_seed(seed)
-    device, D, P = forget.device, forget[0].numel(), sum(p.numel() for p in parameters.values())
+    device, D, P = forget.device, forget[0].numel(), sum(p.numel() for p in theta.values())
     low, high = (round(share * diffusion.T) for share in t_range)
-    z = {k: torch.zeros_like(m, requires_grad=True) for k, m in posterior.mean.items()}
+    z = {k: torch.zeros_like(p) for k, p in theta.items()}
     if anchor is None:
         optimizer = torch.optim.SGD(z.values(), lr, momentum=0.9)
     else:  # F is stiff in some directions and flat in others; Adam's step, lr sigma* for each parameter, suits both
         optimizer = torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99))
 
-    def theta():
-        return {k: posterior.mean[k] + posterior.std[k] * z[k] for k in z}
+    @torch.no_grad()
+    def put():
+        for k, p in theta.items():
+            p.copy_(posterior.mean[k] + posterior.std[k] * z[k])
 
-    def put(values):
+    def one_batch():
+        """L on one batch, and what the bar shows."""
+        index = torch.randint(len(forget), (batch_size,)).to(device)
+        x0, prompt = forget[index], () if context is None else (context[torch.randint(len(context), (batch_size,)).to(device)],)
+        t = stratified_timesteps(batch_size, low, high, device)
+        eps = torch.randn_like(x0)
+        a = plasticity_loss(lambda xt, t: unet(xt, t, *prompt), diffusion, x0, t, eps)  # (B,)
+        A, B = a.mean(), stability_loss(theta, posterior)
+        seen = {"A": A.item() / D, "B": B.item() / P}
+        if anchor is None:
+            return vdu_loss(A, B, gamma, D, P), seen
+        # Beyond the paper: each error over what theta* made of the same x_t, so that no t and no class outweighs others.
         with torch.no_grad():
-            for k, p in parameters.items():
-                p.copy_(values[k])
+            a_star = plasticity_loss(lambda xt, t: anchor.frozen(xt, t, *prompt), diffusion, x0, t, eps)  # (B,)
+        growth = a / a_star  # (B,), 1 at theta*
+        F_ = anchor.loss(unet, batch_size, low, high).mean()
+        seen |= {"F": F_.item() / D, "past": (growth > bound).float().mean().item()}
+        # Past the bound a sample counts as forgotten and stops pushing.
+        return vdu_loss(growth.clamp(max=bound).mean(), B, gamma, 1, P) + weight * F_ / a_star.mean(), seen
 
-    put(posterior.mean)
+    put()
     past, history = 0.0, []
     with tqdm(range(steps), desc="unlearning", unit="step", dynamic_ncols=True, disable=not progress) as bar:
         for step in bar:
             if anchor is not None:
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)  # Adam's steps do not shrink by themselves
-            values = theta()
-            moved = lambda *args: functional_call(unet, values, args)  # unet with theta = mu* + sigma* z
-            x0 = forget[torch.randint(len(forget), (batch_size,)).to(device)]
-            t = stratified_timesteps(batch_size, low, high, device)
-            eps = torch.randn_like(x0)
-            a = plasticity_loss(moved, diffusion, x0, t, eps)  # (B,)
-            A, B = a.mean(), stability_loss(values, posterior)
-            if anchor is None:
-                loss = vdu_loss(A, B, gamma, D, P)
-            else:  # beyond the paper: each error over what theta* made of the same x_t, so that no t and no class outweighs others
-                with torch.no_grad():
-                    a_star = plasticity_loss(anchor.unet, diffusion, x0, t, eps)  # (B,)
-                growth = a / a_star  # (B,), 1 at theta*
-                past = 0.9 * past + 0.1 * (growth > bound).float().mean().item()
-                F_ = anchor.loss(moved, batch_size, low, high).mean()
-                # Past the bound a sample counts as forgotten and stops pushing.
-                loss = vdu_loss(growth.clamp(max=bound).mean(), B, gamma, 1, P) + weight * F_ / a_star.mean()
-            if not math.isfinite(loss.item()):
-                put(posterior.mean)
-                raise UserError(f"the loss became {loss.item()} at step {step + 1}; nothing was written, the old checkpoint is as it was: "
-                                f"try a larger --gamma than {gamma:g} or a smaller --lr than {lr:g}")
-            optimizer.zero_grad()
-            (P * loss).backward()  # times P, so that lr does not depend on the network's size
+            batches = []
+            for _ in range(accumulate):
+                loss, seen = one_batch()
+                batches.append(seen)
+                if not math.isfinite(loss.item()):
+                    for v in z.values():
+                        v.zero_()
+                    put()
+                    raise UserError(f"the loss became {loss.item()} at step {step + 1}; nothing was written, the old checkpoint is as it was: "
+                                    f"try a larger --gamma than {gamma:g} or a smaller --lr than {lr:g}")
+                (D * loss / accumulate).backward()  # times D: gradients of the size that 16 bits can hold
+            seen = {k: sum(b[k] for b in batches) / accumulate for k in seen}
+            for k, p in theta.items():
+                # dL/dz = sigma* dL/dtheta; P / D instead of D, so that lr depends neither on the image's nor the network's size.
+                z[k].grad = p.grad.mul_(posterior.std[k] * (P / D))
+                p.grad = None
             optimizer.step()
+            put()
 
-            rms = math.sqrt(2 * B.item() / P)
-            history.append({"A": A.item() / D, "B": B.item() / P, "moved": rms})
-            shown = {"A": f"{A.item() / D:.4f}", "B": f"{B.item() / P:.5f}", "moved": f"{rms:.4f} sigma"}
+            history.append(seen | {"moved": math.sqrt(2 * seen["B"])})
+            shown = {"A": f"{seen['A']:.4f}", "B": f"{seen['B']:.5f}", "moved": f"{history[-1]['moved']:.4f} sigma"}
             if anchor is not None:
-                shown |= {"F": f"{F_.item() / D:.5f}", "forgotten": f"{100 * past:.0f}%"}
+                past = 0.9 * past + 0.1 * seen["past"]
+                shown |= {"F": f"{seen['F']:.5f}", "forgotten": f"{100 * past:.0f}%"}
             bar.set_postfix(shown, refresh=False)
             if (stop is not None and stop.requested) or (stop_share is not None and past >= stop_share):
                 break
-    put(theta())
-    B = stability_loss(dict(unet.named_parameters()), posterior).item()
+    B = stability_loss(theta, posterior).item()
     return {"steps": len(history), "A_before": history[0]["A"], "A_after": history[-1]["A"], "B": B / P,
             "moved_rms_sigma": math.sqrt(2 * B / P), "past_bound": past if bound is not None else None}
 
@@ -377,16 +405,16 @@ def main(args):
     print(f"forgetting {', '.join(names)}: {len(forget):,} images, gamma {gamma:g}, at most {steps} steps of {batch_size} on {device}; "
           f"posterior of {posterior.n} checkpoints")
 
+    seed_everything(args.seed)
     began = time.time()
     anchor = None
     if function_space:
-        reference = load_checkpoint(args.checkpoint, device).unet.requires_grad_(False)
-        reference.load_state_dict({**reference.state_dict(), **posterior.mean})  # theta*: where unlearning starts
-        anchor = FunctionSpaceAnchor(reference, checkpoint.diffusion, forget, seed=args.seed + 1, progress=True)
+        frozen = lambda *args, **kwargs: functional_call(checkpoint.unet, posterior.mean, args, kwargs)  # at theta*, where unlearning starts
+        anchor = FunctionSpaceAnchor.generate(frozen, checkpoint.diffusion, forget, seed=args.seed + 1, progress=True)
     with StopRequest() as stop:
         result = unlearn(checkpoint.unet, checkpoint.diffusion, posterior, forget, gamma, lr, steps, batch_size, t_range,
-                         args.seed, anchor, args.function_space, args.bound if function_space else None,
-                         args.stop_share if function_space else None, progress=True, stop=stop)
+                         args.seed, anchor=anchor, weight=args.function_space, bound=args.bound if function_space else None,
+                         stop_share=args.stop_share if function_space else None, progress=True, stop=stop)
     settings = {"gamma": gamma, "lr": lr, "steps": steps, "batch_size": batch_size, "t_range": list(t_range),
                 "forget_samples": args.forget_samples, "isotropic": args.isotropic, "posterior": args.posterior,
                 "function_space": args.function_space, "bound": args.bound, "stop_share": args.stop_share, "seed": args.seed}

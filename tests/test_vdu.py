@@ -202,7 +202,7 @@ def test_forgets_one_of_two_classes(toy):
     """End to end: `left` goes, and what is drawn instead are still images of the class that stays."""
     d, unet, posterior = toy
     forget = toy_images(500, 1)
-    anchor = FunctionSpaceAnchor(copy.deepcopy(unet).requires_grad_(False), d, forget, n=300, drop=0.55)
+    anchor = FunctionSpaceAnchor.generate(unet, d, forget, n=300, drop=0.55)
     model = copy.deepcopy(unet)
     before = share_left(draw(d, unet))
     unlearn(model, d, posterior, forget, gamma=0.1, lr=0.2, steps=100, batch_size=64, t_range=(0.5, 1.0),
