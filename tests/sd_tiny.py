@@ -1,0 +1,126 @@
+"""A complete Stable Diffusion that fits into a test: trained here on drawn circles and squares, with prompts, in under a minute.
+
+Holds    the drawings, a recogniser for them, the training, and a writer of checkpoint files as published ones are.
+Writes   a checkpoint in Stable Diffusion v1's layout, merges, a folder of circles: into the folder it is given.
+"""
+
+import sys
+import types
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import save_image
+
+from ddpm import Diffusion
+from sd_unlearn import LATENT_SCALE, PREFIX, TEMPLATES, Autoencoder, TextEncoder, Tokenizer
+from unet import UNet
+
+SIZE, SHAPES = 16, ("circle", "square")
+
+
+def draw(shape, radius, dy, dx):
+    """One white shape on black: (16, 16) in 0 .. 1, its edge softened."""
+    y, x = torch.meshgrid(torch.arange(SIZE) - 7.5 - dy, torch.arange(SIZE) - 7.5 - dx, indexing="ij")
+    inside = radius - (y**2 + x**2).sqrt() if shape == "circle" else 0.9 * radius - torch.maximum(y.abs(), x.abs())
+    ring = 1.2 - (inside - 1.2).abs()  # outlines: full discs and full squares are too much alike
+    return (ring + 0.5).clamp(0, 1)
+
+
+def drawings(shape, n, seed=0):
+    """n of them, of random size and place: (n, 3, 16, 16) in [-1, 1]."""
+    g = torch.Generator().manual_seed(seed)
+    r, dy, dx = 4 + 2 * torch.rand(n, generator=g), *(2 * torch.rand(2, n, generator=g) - 1)
+    images = torch.stack([draw(shape, *args) for args in zip(r, dy, dx)])
+    return (2 * images - 1)[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def recognise(images):
+    """For each image (N, 3, 16, 16), "circle", "square", or None if it is like no drawing: by its best correlation with any."""
+    grid = torch.cartesian_prod(torch.linspace(3.75, 6.25, 6), torch.linspace(-1.25, 1.25, 6), torch.linspace(-1.25, 1.25, 6))
+    whiten = lambda x: F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1)
+    flat = whiten(images.float().mean(1))  # (N, 256)
+    best = torch.stack([(flat @ whiten(torch.stack([draw(s, *g) for g in grid])).T).amax(1) for s in SHAPES])  # (2, N)
+    return [SHAPES[i] if score > 0.85 else None for score, i in zip(*best.max(0))]
+
+
+def train(folder, seed=0, ae_steps=250, steps=700):
+    """Train the three networks and write folder/tiny.ckpt, merges.txt, circles/. Returns the folder."""
+    torch.manual_seed(seed)
+    (folder / "merges.txt").write_text("#version: 0.2\nc i\nci r\ns q\nsq u\n")
+    tokenizer = Tokenizer(folder / "merges.txt")
+    images = torch.cat([drawings(shape, 1000, i) for i, shape in enumerate(SHAPES)])  # (2000, 3, 16, 16)
+
+    autoencoder = Autoencoder(ch=16, ch_mult=(1, 2), num_res_blocks=1)
+    optimizer = torch.optim.Adam(autoencoder.parameters(), 2e-3)
+    for _ in range(ae_steps):
+        x = images[torch.randint(len(images), (16,))]
+        mean, logvar = autoencoder.encode(x).chunk(2, 1)
+        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+        loss = (autoencoder.decode(z) - x).square().mean() + 1e-3 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    autoencoder.eval()
+    with torch.no_grad():
+        # The published autoencoder's latents have a spread of 1 / LATENT_SCALE; this one's are scaled to match.
+        mean = torch.cat([autoencoder.encode(x).chunk(2, 1)[0] for x in images.split(500)])
+        scale = 1 / (LATENT_SCALE * mean.std())
+        for p in (autoencoder.quant_conv.weight, autoencoder.quant_conv.bias):
+            p[:4] *= scale
+        autoencoder.quant_conv.bias[4:] += 2 * scale.log()
+        autoencoder.post_quant_conv.weight /= scale
+        latents = torch.cat([autoencoder.to_latents(x) for x in images.split(500)])  # (2000, 4, 8, 8)
+
+    text = TextEncoder(len(tokenizer.id), 32, 2, 4, 128)
+    unet = UNet(4, 32, (1, 2), 1, (2,), 4, context_dim=32)
+    diffusion = Diffusion("scaled_linear", 1000)
+    prompts = [template.format(shape) for shape in SHAPES for template in TEMPLATES] + [""]
+    ids = tokenizer(prompts)
+    optimizer = torch.optim.Adam([*unet.parameters(), *text.parameters()], 2e-3)
+    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * (1 - step / steps)
+        index = torch.randint(len(images), (16,))
+        prompt = (index >= 1000) * len(TEMPLATES) + torch.randint(len(TEMPLATES), (16,))
+        prompt[torch.rand(16) < 0.1] = len(prompts) - 1  # the empty prompt now and then, which guidance needs
+        context = text(ids)[prompt]
+        x0, t = latents[index], torch.randint(1000, (16,))
+        loss = diffusion.simple_loss(lambda x, t: unet(x, t, context), x0, t, torch.randn_like(x0)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(unet)
+    networks = {"unet": average.module, "autoencoder": autoencoder, "text_encoder": text}
+    write_published(folder / "tiny.ckpt", {PREFIX[k] + name: v for k, m in networks.items() for name, v in m.state_dict().items()})
+    (folder / "circles").mkdir()
+    for i, image in enumerate(drawings("circle", 40, seed=9)):
+        save_image(image / 2 + 0.5, folder / "circles" / f"{i}.png")
+    return folder
+
+
+def write_published(path, state_dict):
+    """A checkpoint file as Lightning writes it: the state dict beside counters and objects of packages that a reader may lack."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+
+    class ModelCheckpoint:
+        pass
+
+    class AttributeDict(dict):
+        pass
+
+    for cls in (ModelCheckpoint, AttributeDict):
+        cls.__module__, cls.__qualname__ = module.__name__, cls.__name__
+        setattr(module, cls.__name__, cls)
+    names = ["pytorch_lightning", "pytorch_lightning.callbacks", module.__name__]
+    try:
+        sys.modules |= {name: types.ModuleType(name) for name in names[:2]} | {names[2]: module}
+        callback = ModelCheckpoint()
+        callback.monitor, callback.best = "val/loss", torch.tensor(0.1)
+        torch.save({"epoch": 1, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "state_dict": state_dict,
+                    "callbacks": {ModelCheckpoint: {"best": callback}}, "hyper_parameters": AttributeDict(lr=1e-4),
+                    "optimizer_states": [], "lr_schedulers": []}, path)
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
