@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models import Inception_V3_Weights, inception_v3
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, UserError, autocast, check_output, load_checkpoint, pick_device, read_file, run_command_line,
+from ddpm import (ArgumentParser, UserError, autocast, check_output, first_line, load_checkpoint, pick_device, read_file, run_command_line,
                   save_checkpoint, seed_number)
 from train_ddpm import load_data_of, to_float, to_uint8
 
@@ -59,6 +60,32 @@ def frechet_distance(features_a, features_b):
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^1/2: (D, D)
     trace_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root).clamp(min=0).item()
+
+
+def load_inception(device):
+    """torchvision's Inception v3, ending at its 2048 pooled features. Raises UserError where its weights cannot be had.
+
+    These are torchvision's ImageNet weights, not the TensorFlow Inception's of the original FID: figures from the two differ.
+    """
+    try:
+        network = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)  # 104 MB, downloaded once into torch's cache
+    except (OSError, RuntimeError) as e:
+        name = Inception_V3_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+        raise UserError(f"Inception v3's weights cannot be downloaded ({first_line(e)}); where there is a network, fetch "
+                        f"{Inception_V3_Weights.IMAGENET1K_V1.url} and put it at {Path(torch.hub.get_dir()) / 'checkpoints' / name}") from e
+    network.fc = nn.Identity()
+    return network.eval().to(device)
+
+
+@torch.inference_mode()
+def inception_features(network, images, batch_size=50):
+    """uint8 colour images (N, 3, H, W) -> (N, 2048), on the CPU, by load_inception's network."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # ImageNet's
+    device, features = next(network.parameters()).device, []
+    for chunk in images.split(batch_size):
+        x = F.interpolate(chunk.float() / 255, size=(299, 299), mode="bilinear", antialias=True)  # (B, 3, 299, 299)
+        features.append(network(((x - mean) / std).to(device)).float().cpu())
+    return torch.cat(features)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -37,6 +37,7 @@ from tqdm import tqdm
 import ddpm
 from ddpm import (ArgumentParser, Diffusion, StopRequest, UserError, check_output, count, peak_memory, pick_device, read_file,
                   run_command_line, save_checkpoint, seed_everything, seed_number)
+from evaluate import frechet_distance, inception_features, load_inception
 from train_ddpm import to_float, to_uint8
 from unet import UNet, normalization
 from vdu import FunctionSpaceAnchor, GaussianPosterior, RunningPosterior, check_parameters, unlearn
@@ -326,8 +327,11 @@ class StableDiffusion:
 
     @torch.no_grad()
     def context(self, prompts):
-        """Prompts (a list of N) -> (N, 77, E)."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.diffusion.beta.device))
+        """Prompts (a list of N) -> (N, 77, E). Raises UserError if the merges are not those of the text encoder."""
+        ids, known = self.tokenizer(prompts), self.text_encoder.text_model["embeddings"]["token_embedding"].num_embeddings
+        if ids.max() >= known:
+            raise UserError(f"the merges make {len(self.tokenizer.id)} tokens and the checkpoint's text encoder knows {known}: they are of another model")
+        return self.text_encoder(ids.to(self.diffusion.beta.device))
 
 
 def read_tensors(path, ema=False):
@@ -512,21 +516,20 @@ def write_png(image, path):
 
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}", "a close-up photo of a {}",
              "a painting of a {}", "a photo of a {} in a scene")
-NEUTRAL_PROMPTS = ("", "a photo of a person", "a photo of an animal", "a photo of food", "a photo of a building", "a photo of a landscape",
+NEUTRAL_PROMPTS = ("a photo of a person", "a photo of an animal", "a photo of food", "a photo of a building", "a photo of a landscape",
                    "a photo of an object", "a painting", "a portrait", "a street", "a room", "a drawing")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 
 
 def load_images(folder, size):
     """The images in a folder, centre-cropped and resized: (N, 3, size, size) float32 in [-1, 1]. Raises UserError where there are none."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if os.path.isdir(folder) else []
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if os.path.isdir(folder) else []
     if not paths:
-        raise UserError(f"no images in {folder}: expected a folder with files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"no images in {folder}: expected a folder with files ending in {', '.join(IMG_EXTENSIONS)}")
     images = []
     for path in paths:
         try:
-            image = decode_image(str(path), mode=ImageReadMode.RGB)  # (3, H, W) uint8
-        except RuntimeError as e:
+            image = transforms.pil_to_tensor(default_loader(path))  # (3, H, W) uint8
+        except OSError as e:
             raise UserError(f"cannot read the image {path} ({ddpm.first_line(e)}): remove it, or convert it to PNG") from e
         image = transforms.center_crop(image, [min(image.shape[1:])] * 2)
         images.append(transforms.resize(image, [size, size], antialias=True))
@@ -568,7 +571,8 @@ def run_unlearn(args):
     if os.path.abspath(args.output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: compare needs both, choose another")
     check_output(args.output, args.overwrite)
-    neutral = read_prompts(args.neutral_prompts) if args.neutral_prompts else NEUTRAL_PROMPTS
+    # The empty prompt always: guidance subtracts what the model predicts for it.
+    neutral = ["", *(read_prompts(args.neutral_prompts) if args.neutral_prompts else NEUTRAL_PROMPTS)]
     device = pick_device(args.device)
     seed_everything(args.seed)
 
@@ -638,6 +642,12 @@ def run_compare(args):
         raise UserError("--n must be at least 1")
     prompts, device = read_prompts(args.prompts), pick_device(args.device)
     reference = to_uint8(load_images(args.reference_images, 299)) if args.reference_images else None
+    if reference is not None:
+        try:
+            inception = load_inception(device)
+        except UserError as e:
+            print(f"no FID: {e}")
+            reference = None
     images = {}
     for which, checkpoint in (("before", args.before), ("after", args.after)):
         model = load(checkpoint, args.merges, device, args.ema and which == "before")
@@ -657,9 +667,7 @@ def run_compare(args):
         "mean_change": {p: (b.float() - a.float()).abs().mean().item() / 255 for p, b, a in zip(prompts, images["before"], images["after"])},
     }
     if reference is not None:
-        from evaluate import frechet_distance, inception_features
-
-        features = {k: inception_features(v.flatten(0, 1), device) for k, v in {**images, "reference": reference[:, None]}.items()}
+        features = {k: inception_features(inception, v.flatten(0, 1)) for k, v in {**images, "reference": reference[:, None]}.items()}
         report["fid"] = {k: frechet_distance(features[k], features["reference"]) for k in images} | {"reference_images": len(reference)}
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     for prompt, change in report["mean_change"].items():
@@ -711,24 +719,27 @@ def parser():
     c.add_argument("--output", required=True, metavar="FILE", help="the unlearned checkpoint, in the same layout")
     c.add_argument("--parameters", choices=["cross-attention", "all"], default="cross-attention",
                    help="what may move: the U-Net's attention to the prompt, 5%% of it, or all of the U-Net")
-    c.add_argument("--gamma", type=float, default=0.63, help="0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller forgets more")
+    c.add_argument("--gamma", type=float, default=0.0002,
+                   help="0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller forgets more. The right size depends on "
+                        "sigma*: if the bar shows that theta hardly moves, divide by ten")
     c.add_argument("--lr", type=float, help=f"step size in posterior standard deviations (default: {LR[0]}; with --function-space {LR[1]})")
     c.add_argument("--steps", type=int, default=200, help="steps, at most")
     c.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: N times the images for the memory of one batch")
     c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    c.add_argument("--t-range", type=float, nargs=2, default=[0.3, 1.0], metavar=("LOW", "HIGH"),
-                   help="shares of T between which the plasticity term draws t; 0 1 is the paper's choice (default: 0.3 1)")
+    c.add_argument("--t-range", type=float, nargs=2, default=[0.2, 0.7], metavar=("LOW", "HIGH"),
+                   help="shares of T between which the plasticity term draws t: where it is decided what an image shows. 0 1 is the "
+                        "paper's choice, all of them (default: 0.2 0.7)")
     c.add_argument("--posterior", nargs="+", metavar="FILE", help="estimate mu* and sigma* from these checkpoints of one training, e.g. sd-v1-1.ckpt "
                                                                   "sd-v1-2.ckpt sd-v1-3.ckpt (default: from --checkpoint alone, see --sigma)")
-    c.add_argument("--sigma", type=float, default=0.01, metavar="SHARE", help="without --posterior, which is a departure from the paper: sigma* of a "
+    c.add_argument("--sigma", type=float, default=0.02, metavar="SHARE", help="without --posterior, which is a departure from the paper: sigma* of a "
                                                                               "tensor, as a share of its root mean square")
     g = c.add_argument_group("beyond the paper")
     g.add_argument("--function-space", type=float, default=0.0, metavar="WEIGHT",
                    help="also keep eps_theta as it was on images that the model draws for neutral prompts; 0 is off")
     g.add_argument("--neutral-prompts", metavar="FILE", help="the prompts of what must stay, one a line (default: a dozen general ones)")
     g.add_argument("--anchors", type=int, default=48, metavar="N", help="images to draw for them, shared evenly")
-    g.add_argument("--bound", type=float, default=2.0, help="an image whose error is this many times the old one counts as forgotten and stops pushing")
-    g.add_argument("--stop-share", type=float, default=0.5, help="stop once this share of images is past the bound")
+    g.add_argument("--bound", type=float, default=4.0, help="an image whose error is this many times the old one counts as forgotten and stops pushing")
+    g.add_argument("--stop-share", type=float, default=0.8, help="stop once this share of images is past the bound")
 
     c = command("compare", run_compare, "the same prompts and noise through two checkpoints, side by side")
     c.add_argument("--before", required=True, metavar="FILE", help="the model before")

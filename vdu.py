@@ -361,8 +361,8 @@ def main(args):
     )
     if not 0 <= gamma <= 1:
         raise UserError(f"--gamma must be from 0 (gradient ascent alone) to 1 (no unlearning), not {gamma:g}")
-    if steps < 1 or batch_size < 1 or not lr > 0 or args.function_space < 0:
-        raise UserError("need --steps and --batch-size of at least 1, --lr above 0 and --function-space of at least 0")
+    if steps < 1 or batch_size < 1 or args.anchors < 10 or not lr > 0 or args.function_space < 0:
+        raise UserError("need --steps and --batch-size of at least 1, --anchors of at least 10, --lr above 0 and --function-space of at least 0")
     if args.forget_samples is not None and args.forget_samples < 1:
         raise UserError("--forget-samples must be at least 1")
     if not 0 <= t_range[0] < t_range[1] <= 1:
@@ -411,14 +411,14 @@ def main(args):
     anchor = None
     if function_space:
         frozen = lambda *args, **kwargs: functional_call(checkpoint.unet, posterior.mean, args, kwargs)  # at theta*, where unlearning starts
-        anchor = FunctionSpaceAnchor.generate(frozen, checkpoint.diffusion, forget, seed=args.seed + 1, progress=True)
+        anchor = FunctionSpaceAnchor.generate(frozen, checkpoint.diffusion, forget, args.anchors, seed=args.seed + 1, progress=True)
     with StopRequest() as stop:
         result = unlearn(checkpoint.unet, checkpoint.diffusion, posterior, forget, gamma, lr, steps, batch_size, t_range,
                          args.seed, anchor=anchor, weight=args.function_space, bound=args.bound if function_space else None,
                          stop_share=args.stop_share if function_space else None, progress=True, stop=stop)
     settings = {"gamma": gamma, "lr": lr, "steps": steps, "batch_size": batch_size, "t_range": list(t_range),
                 "forget_samples": args.forget_samples, "isotropic": args.isotropic, "posterior": args.posterior,
-                "function_space": args.function_space, "bound": args.bound, "stop_share": args.stop_share, "seed": args.seed}
+                "function_space": args.function_space, "anchors": args.anchors, "bound": args.bound, "stop_share": args.stop_share, "seed": args.seed}
     save_checkpoint(output, {
         **{k: v for k, v in checkpoint.raw.items() if k != "train"},
         "weights": checkpoint.unet.state_dict(),
@@ -464,6 +464,7 @@ def parser():
     g = p.add_argument_group("beyond the paper")
     g.add_argument("--function-space", type=float, default=0.0, metavar="WEIGHT",
                    help="also keep eps_theta as it was on images that the model itself generates; 2 works well, 0 is off")
+    g.add_argument("--anchors", type=int, default=2000, metavar="N", help="with --function-space: images to draw, of which the fifth most like D_f is dropped")
     g.add_argument("--bound", type=float, default=4.0, help="with --function-space: an image whose error is this many times the old one "
                                                             "counts as forgotten and stops pushing")
     g.add_argument("--stop-share", type=float, default=0.8, help="with --function-space: stop once this share of images is past the bound")

@@ -9,6 +9,8 @@ import types
 
 import torch
 import torch.nn.functional as F
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 from ddpm import Diffusion
@@ -29,21 +31,25 @@ def draw(shape, radius, dy, dx):
 def drawings(shape, n, seed=0):
     """n of them, of random size and place: (n, 3, 16, 16) in [-1, 1]."""
     g = torch.Generator().manual_seed(seed)
-    r, dy, dx = 4 + 2 * torch.rand(n, generator=g), *(2 * torch.rand(2, n, generator=g) - 1)
+    r, dy, dx = 4.5 + torch.rand(n, generator=g), *(torch.rand(2, n, generator=g) - 0.5)
     images = torch.stack([draw(shape, *args) for args in zip(r, dy, dx)])
     return (2 * images - 1)[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
 def recognise(images):
     """For each image (N, 3, 16, 16), "circle", "square", or None if it is like no drawing: by its best correlation with any."""
-    grid = torch.cartesian_prod(torch.linspace(3.75, 6.25, 6), torch.linspace(-1.25, 1.25, 6), torch.linspace(-1.25, 1.25, 6))
+    grid = torch.cartesian_prod(torch.linspace(4, 6, 5), torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 5))
     whiten = lambda x: F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1)
     flat = whiten(images.float().mean(1))  # (N, 256)
     best = torch.stack([(flat @ whiten(torch.stack([draw(s, *g) for g in grid])).T).amax(1) for s in SHAPES])  # (2, N)
     return [SHAPES[i] if score > 0.85 else None for score, i in zip(*best.max(0))]
 
 
-def train(folder, seed=0, ae_steps=250, steps=700):
+def read_image(path):
+    return pil_to_tensor(default_loader(path))  # (3, H, W) uint8
+
+
+def train(folder, seed=0, ae_steps=200, steps=500):
     """Train the three networks and write folder/tiny.ckpt, merges.txt, circles/. Returns the folder."""
     torch.manual_seed(seed)
     (folder / "merges.txt").write_text("#version: 0.2\nc i\nci r\ns q\nsq u\n")
@@ -76,16 +82,23 @@ def train(folder, seed=0, ae_steps=250, steps=700):
     unet = UNet(4, 32, (1, 2), 1, (2,), 4, context_dim=32)
     diffusion = Diffusion("scaled_linear", 1000)
     prompts = [template.format(shape) for shape in SHAPES for template in TEMPLATES] + [""]
-    ids = tokenizer(prompts)
-    optimizer = torch.optim.Adam([*unet.parameters(), *text.parameters()], 2e-3)
+    ids, meaning = tokenizer(prompts), torch.tensor([1.0] * len(TEMPLATES) + [-1.0] * len(TEMPLATES) + [0.0])
+    optimizer = torch.optim.Adam(text.parameters(), 3e-3)
+    for _ in range(80):  # first teach the text encoder what the two words mean, as CLIP was before Stable Diffusion's training
+        loss = (text(ids)[..., :4] - meaning[:, None, None]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    contexts = text(ids).detach()  # (17, 77, 32)
+    optimizer = torch.optim.Adam(unet.parameters(), 2e-3)
     average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98))
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - step / steps)
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20, 1.2 * (1 - step / steps))
         index = torch.randint(len(images), (16,))
         prompt = (index >= 1000) * len(TEMPLATES) + torch.randint(len(TEMPLATES), (16,))
         prompt[torch.rand(16) < 0.1] = len(prompts) - 1  # the empty prompt now and then, which guidance needs
-        context = text(ids)[prompt]
+        context = contexts[prompt]
         x0, t = latents[index], torch.randint(1000, (16,))
         loss = diffusion.simple_loss(lambda x, t: unet(x, t, context), x0, t, torch.randn_like(x0)).mean()
         optimizer.zero_grad()

@@ -80,7 +80,7 @@ def test_gamma_1_writes_the_posterior_mean(folder):
 
 
 def test_options_of_unlearning(folder):
-    r = command("vdu.py", "--forget-class", 1, 7, "--forget-samples", 20, "--function-space", 2.5, "--steps", 2, "--batch-size", 4,
+    r = command("vdu.py", "--forget-class", 1, 7, "--forget-samples", 20, "--function-space", 2, "--anchors", 100, "--steps", 2, "--batch-size", 4,
                 "--output", "two.pt", cwd=folder)
     assert r.returncode == 0, r.stderr
     assert ddpm.load_checkpoint(folder / "two.pt").forgotten["images"] == 40
