@@ -562,8 +562,7 @@ def run_unlearn(args):
     """sd_unlearn.py unlearn. Raises UserError for anything that the user can put right."""
     if not 0 <= args.gamma <= 1:
         raise UserError(f"--gamma must be from 0 (gradient ascent alone) to 1 (no unlearning), not {args.gamma:g}")
-    lr = args.lr if args.lr is not None else LR[args.function_space > 0]
-    if min(args.steps, args.batch_size, args.accumulate, args.anchors) < 1 or not lr > 0 or args.function_space < 0 or not args.sigma > 0:
+    if min(args.steps, args.batch_size, args.accumulate, args.anchors) < 1 or not args.lr > 0 or args.function_space < 0 or not args.sigma > 0:
         raise UserError("need --steps, --batch-size, --accumulate and --anchors of at least 1, --lr and --sigma above 0, "
                         "--function-space of at least 0")
     if not 0 <= args.t_range[0] < args.t_range[1] <= 1:
@@ -605,10 +604,10 @@ def run_unlearn(args):
 
     began = time.time()
     with StopRequest() as stop:
-        result = unlearn(unet, diffusion, posterior, forget, args.gamma, lr, args.steps, args.batch_size, args.t_range, args.seed,
-                         context, args.accumulate, anchor, args.function_space, args.bound if anchor else None,
+        result = unlearn(unet, diffusion, posterior, forget, args.gamma, args.lr, args.steps, args.batch_size, args.t_range, args.seed,
+                         context, args.accumulate, True, anchor, args.function_space, args.bound if anchor else None,
                          args.stop_share if anchor else None, progress=True, stop=stop)
-    settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list, type(None)))} | {"lr": lr}
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list, type(None)))}
     save(args.output, args.checkpoint, {k: p for k, p in unet.named_parameters() if k in posterior.mean}, args.ema,
          {"concept": args.concept, "images": len(images), "settings": settings, **result})
     why = "interrupted, and saved as it stood" if stop.requested else "done"
@@ -680,8 +679,6 @@ def run_compare(args):
 # ---------------------------------------------------------------------------------------------------------------
 # The command line
 
-LR = (0.0083, 0.03)  # the paper's two terms alone, with --function-space
-
 
 def parser():
     p = ArgumentParser(prog="sd_unlearn.py", description=__doc__)
@@ -722,7 +719,7 @@ def parser():
     c.add_argument("--gamma", type=float, default=0.0002,
                    help="0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller forgets more. The right size depends on "
                         "sigma*: if the bar shows that theta hardly moves, divide by ten")
-    c.add_argument("--lr", type=float, help=f"step size in posterior standard deviations (default: {LR[0]}; with --function-space {LR[1]})")
+    c.add_argument("--lr", type=float, default=0.03, help="step size of Adam, in posterior standard deviations")
     c.add_argument("--steps", type=int, default=200, help="steps, at most")
     c.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step: N times the images for the memory of one batch")
     c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")

@@ -260,14 +260,14 @@ def looks_forgotten(unet, diffusion, generated, forget, k=5, at=(50, 150)):
 
 
 def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256, t_range=(0.7, 1.0), seed=0, context=None,
-            accumulate=1, anchor=None, weight=0.0, bound=None, stop_share=None, progress=False, stop=None):
+            accumulate=1, adam=False, anchor=None, weight=0.0, bound=None, stop_share=None, progress=False, stop=None):
     """Move `unet`, in place, from the posterior's mean towards a minimum of L. Returns a dict of what happened.
 
     Those parameters move that require a gradient; the posterior must be of the same.
     forget: (N, C, H, W) in [-1, 1] (or latents), images of D_f, all that is ever seen of the data.
     context: (M, L, E) encoded prompts, one drawn for each image at random, where the network takes any.
     gamma, lr, steps, batch_size: as on the command line.  t_range: shares of T between which A draws its t.
-    accumulate: batches whose gradients make one step.
+    accumulate: batches whose gradients make one step.  adam: its steps in z, whatever the size of the gradient, in place of SGD's.
     anchor, weight, bound, stop_share: beyond the paper, see FunctionSpaceAnchor and --help.  stop: has .requested.
     Raises UserError if the posterior is of another network, or the loss becomes infinite or nan (unet is then at mu*).
 
@@ -282,10 +282,8 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
     device, D, P = forget.device, forget[0].numel(), sum(p.numel() for p in theta.values())
     low, high = (round(share * diffusion.T) for share in t_range)
     z = {k: torch.zeros_like(p) for k, p in theta.items()}
-    if anchor is None:
-        optimizer = torch.optim.SGD(z.values(), lr, momentum=0.9)
-    else:  # F is stiff in some directions and flat in others; Adam's step, lr sigma* for each parameter, suits both
-        optimizer = torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99))
+    adam = adam or anchor is not None  # F is stiff in some directions and flat in others; a step of lr sigma* a parameter suits both
+    optimizer = torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99)) if adam else torch.optim.SGD(z.values(), lr, momentum=0.9)
 
     @torch.no_grad()
     def put():
@@ -316,7 +314,7 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
     past, history = 0.0, []
     with tqdm(range(steps), desc="unlearning", unit="step", dynamic_ncols=True, disable=not progress) as bar:
         for step in bar:
-            if anchor is not None:
+            if adam:
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)  # Adam's steps do not shrink by themselves
             batches = []
             for _ in range(accumulate):

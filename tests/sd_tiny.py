@@ -1,11 +1,13 @@
 """A complete Stable Diffusion that fits into a test: trained here on drawn circles and squares, with prompts, in under a minute.
 
 Holds    the drawings, a recogniser for them, the training, and a writer of checkpoint files as published ones are.
+Run as   a program by conftest.py: python sd_tiny.py FOLDER.
 Writes   a checkpoint in Stable Diffusion v1's layout, merges, a folder of circles: into the folder it is given.
 """
 
 import sys
 import types
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -137,3 +139,8 @@ def write_published(path, state_dict):
     finally:
         for name in names:
             sys.modules.pop(name, None)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]))

@@ -198,8 +198,11 @@ def command(folder, *args):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = sd_tiny.train(tmp_path_factory.mktemp("sd"))
+def tiny(tiny_stable_diffusion):
+    """The folder of the trained tiny model, with the prompts that the tests use."""
+    process, folder = tiny_stable_diffusion
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
     (folder / "prompts.txt").write_text("a photo of a circle\na photo of a square\n")
     (folder / "neutral.txt").write_text("\n".join(t.format("square") for t in sd_unlearn.TEMPLATES))
     return folder
