@@ -5,8 +5,9 @@
 Holds    the posterior p(theta | D), the two losses of the paper and their sum, the unlearning loop, the command line.
 Reads    a checkpoint of train_ddpm.py, and the images of the forgotten class alone. Never a retained image.
 Writes   a checkpoint of the same format, checkpoints/mnist-forget-1.pt, which remembers what was forgotten and how.
-Paper    VDU (arXiv 2510.04058), its method: plasticity inducer, stability regularizer, objective. What goes beyond
-         the paper is the option --function-space alone, and is marked so wherever it appears.
+Paper    VDU (arXiv 2510.04058), its method: plasticity inducer, stability regularizer, objective. What departs from
+         the paper is marked so wherever it appears: the option --function-space, and, for Stable Diffusion, the
+         posterior that is guessed where one checkpoint is all there is.
 """
 
 import math

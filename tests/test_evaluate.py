@@ -1,11 +1,15 @@
 """The metrics: Frechet distance against its closed form, PUL, intervals."""
 
 import math
+from urllib.error import URLError
 
 import pytest
 import torch
+from torchvision.models import inception_v3
 
-from evaluate import frechet_distance, percentage_of_unlearning, wilson_interval
+import evaluate
+from ddpm import UserError
+from evaluate import frechet_distance, inception_features, percentage_of_unlearning, wilson_interval
 
 
 def whitened(n, d, seed):
@@ -66,3 +70,25 @@ def test_wilson_interval_covers_95_percent():
         assert 0.92 < covered < 0.98
     assert wilson_interval(0, 100)[0] == 0 and 0 < wilson_interval(0, 100)[1] < 0.05
     assert wilson_interval(100, 100)[1] == pytest.approx(1, abs=1e-12)
+
+
+def test_inception_features_are_the_2048_pooled_ones():
+    """Against the network's own layers, called one by one as far as the pooling."""
+    torch.manual_seed(0)
+    network = inception_v3(weights=None, init_weights=False, transform_input=True)
+    network.fc = torch.nn.Identity()
+    pooled = []
+    network.avgpool.register_forward_hook(lambda module, args, out: pooled.append(out.flatten(1)))
+    images = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
+    features = inception_features(network.eval(), images, batch_size=2)
+    assert features.shape == (3, 2048) and torch.equal(features, torch.cat(pooled))
+    assert torch.allclose(features, inception_features(network, images), atol=1e-4)
+
+
+def test_inception_without_a_network_says_where_to_get_it(monkeypatch):
+    def fails(**kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(evaluate, "inception_v3", fails)
+    with pytest.raises(UserError, match="inception_v3_google.*pth"):
+        evaluate.load_inception("cpu")
