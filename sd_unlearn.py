@@ -40,7 +40,7 @@ from ddpm import (ArgumentParser, Diffusion, StopRequest, UserError, check_outpu
 from evaluate import frechet_distance, inception_features, load_inception
 from train_ddpm import to_float, to_uint8
 from unet import UNet, normalization
-from vdu import FunctionSpaceAnchor, GaussianPosterior, RunningPosterior, check_parameters, unlearn
+from vdu import FunctionSpaceAnchor, GaussianPosterior, RunningPosterior, check_parameters, check_settings, unlearn
 
 # ---------------------------------------------------------------------------------------------------------------
 # The autoencoder: images <-> latents, `first_stage_model.` in the file (LDM, section 3.1)
@@ -470,11 +470,17 @@ def guided(unet, context, negative, scale):
     return eps_theta
 
 
-def sample_latents(model, prompt, n, size, steps, guidance, negative="", seed=0, batch_size=4, progress=False):
-    """n latents (n, 4, h, w) for one prompt, by DDIM, on the CPU. size: of the images, in pixels. The same seed is the same noise."""
+def check_size(model, size):
+    """Raise UserError unless images of `size` pixels have whole latents."""
     factor = model.autoencoder.factor
     if size < factor or size % factor:
         raise UserError(f"--size must be a multiple of {factor}, not {size}")
+
+
+def sample_latents(model, prompt, n, size, steps, guidance, negative="", seed=0, batch_size=4, progress=False):
+    """n latents (n, 4, h, w) for one prompt, by DDIM, on the CPU. size: of the images, in pixels. The same seed is the same noise."""
+    check_size(model, size)
+    factor = model.autoencoder.factor
     context, negative = model.context([prompt]), model.context([negative])
     shape = (model.autoencoder.z_channels, size // factor, size // factor)
     return model.diffusion.sample(guided(model.unet, context, negative, guidance), n, shape, steps=steps, seed=seed,
@@ -560,13 +566,10 @@ def posterior_of(unet, names, paths, ema, share):
 
 def run_unlearn(args):
     """sd_unlearn.py unlearn. Raises UserError for anything that the user can put right."""
-    if not 0 <= args.gamma <= 1:
-        raise UserError(f"--gamma must be from 0 (gradient ascent alone) to 1 (no unlearning), not {args.gamma:g}")
+    check_settings(args.gamma, args.t_range)
     if min(args.steps, args.batch_size, args.accumulate, args.anchors) < 1 or not args.lr > 0 or args.function_space < 0 or not args.sigma > 0:
         raise UserError("need --steps, --batch-size, --accumulate and --anchors of at least 1, --lr and --sigma above 0, "
                         "--function-space of at least 0")
-    if not 0 <= args.t_range[0] < args.t_range[1] <= 1:
-        raise UserError("--t-range needs two shares of T, 0 <= LOW < HIGH <= 1")
     if os.path.abspath(args.output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: compare needs both, choose another")
     check_output(args.output, args.overwrite)
@@ -576,6 +579,7 @@ def run_unlearn(args):
     seed_everything(args.seed)
 
     model = load(args.checkpoint, args.merges, device, args.ema)
+    check_size(model, args.size)
     unet = model.unet
     images = load_images(args.images, args.size)
     names = parameters_to_move(unet, args.parameters)
@@ -642,6 +646,8 @@ def run_compare(args):
     prompts, device = read_prompts(args.prompts), pick_device(args.device)
     reference = to_uint8(load_images(args.reference_images, 299)) if args.reference_images else None
     if reference is not None:
+        if min(len(reference), args.n * len(prompts)) < 2:
+            raise UserError("an FID needs at least two images on either side: more in --reference-images, or a larger --n")
         try:
             inception = load_inception(device)
         except UserError as e:

@@ -336,8 +336,8 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
             optimizer.step()
             put()
 
-            history.append(seen | {"moved": math.sqrt(2 * seen["B"])})
-            shown = {"A": f"{seen['A']:.4f}", "B": f"{seen['B']:.5f}", "moved": f"{history[-1]['moved']:.4f} sigma"}
+            history.append(seen)
+            shown = {"A": f"{seen['A']:.4f}", "B": f"{seen['B']:.5f}", "moved": f"{math.sqrt(2 * seen['B']):.4f} sigma"}
             if anchor is not None:
                 past = 0.9 * past + 0.1 * seen["past"]
                 shown |= {"F": f"{seen['F']:.5f}", "forgotten": f"{100 * past:.0f}%"}
@@ -349,6 +349,14 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
             "moved_rms_sigma": math.sqrt(2 * B / P), "past_bound": past if bound is not None else None}
 
 
+def check_settings(gamma, t_range):
+    """Raise UserError unless gamma and t_range are what `unlearn` can take, in the words of the command lines."""
+    if not 0 <= gamma <= 1:
+        raise UserError(f"--gamma must be from 0 (gradient ascent alone) to 1 (no unlearning), not {gamma:g}")
+    if not 0 <= t_range[0] < t_range[1] <= 1:
+        raise UserError("--t-range needs two shares of T, 0 <= LOW < HIGH <= 1")
+
+
 def main(args):
     """Run the command line. Raises UserError for anything that the user can put right."""
     from train_ddpm import class_indices, load_data_of, to_float  # here, not above: train_ddpm.py imports this file
@@ -358,14 +366,11 @@ def main(args):
         given if given is not None else default[function_space]
         for given, default in ((args.gamma, GAMMA), (args.lr, LR), (args.steps, STEPS), (args.batch_size, BATCH_SIZE), (args.t_range, T_RANGE))
     )
-    if not 0 <= gamma <= 1:
-        raise UserError(f"--gamma must be from 0 (gradient ascent alone) to 1 (no unlearning), not {gamma:g}")
+    check_settings(gamma, t_range)
     if steps < 1 or batch_size < 1 or args.anchors < 10 or not lr > 0 or args.function_space < 0:
         raise UserError("need --steps and --batch-size of at least 1, --anchors of at least 10, --lr above 0 and --function-space of at least 0")
     if args.forget_samples is not None and args.forget_samples < 1:
         raise UserError("--forget-samples must be at least 1")
-    if not 0 <= t_range[0] < t_range[1] <= 1:
-        raise UserError("--t-range needs two shares of T, 0 <= LOW < HIGH <= 1")
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, device)
     if checkpoint.forgotten:

@@ -275,6 +275,9 @@ def test_the_old_average_does_not_survive(tiny, tmp_path):
     (("unlearn", "--checkpoint", "tiny.ckpt", "--concept", "x", "--images", "circles", "--output", "o.ckpt", "--posterior", "tiny.ckpt"), "two checkpoints"),
     (("sample", "--checkpoint", "tiny.ckpt", "--prompt", "x", "--size", 17), "multiple of 2"),
     (("sample", "--checkpoint", "prompts.txt", "--prompt", "x"), "prompts.txt"),
+    (("unlearn", "--checkpoint", "tiny.ckpt", "--concept", "x", "--images", "circles", "--output", "o.ckpt", "--size", 17), "multiple of 2"),
+    (("unlearn", "--checkpoint", "tiny.ckpt", "--concept", "x", "--images", "circles", "--output", "o.ckpt", "--t-range", 0.5, 0.5), "--t-range"),
+    (("compare", "--before", "tiny.ckpt", "--after", "tiny.ckpt", "--prompts", "prompts.txt", "--output", "other", "--n", 0), "--n must be"),
     (("compare", "--before", "tiny.ckpt", "--after", "tiny.ckpt", "--prompts", "none.txt", "--output", "other"), "cannot read prompts"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tiny, args, message, monkeypatch, capsys):
