@@ -29,7 +29,7 @@ import torch.nn as nn
 from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
-from unet import UNet
+from unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
 
 # ---------------------------------------------------------------------------------------------------------------
 # The diffusion
@@ -213,10 +213,11 @@ class Diffusion(nn.Module):
             for start in range(0, n, batch_size):
                 B = min(batch_size, n - start)
                 noise = ImageNoise(seed, range(start, start + B), shape, device)
-                x = noise()  # x_T ~ N(0, I): (B, C, H, W)
+                x = noise().clone()  # x_T ~ N(0, I): (B, C, H, W)
+                zeros = torch.zeros_like(x)
                 for t, t_prev in zip(grid, [*grid[1:], -1]):
                     tt = torch.full((B,), t, device=device)
-                    z = noise() if (steps is None or eta > 0) and t_prev >= 0 else torch.zeros_like(x)
+                    z = noise() if (steps is None or eta > 0) and t_prev >= 0 else zeros
                     if steps is None:
                         x = self.ancestral_step(unet, x, tt, z, clip)
                     else:
@@ -231,11 +232,14 @@ class ImageNoise:
 
     def __init__(self, seed, indices, shape, device="cpu"):
         self.streams = [np.random.default_rng([seed, i]) for i in indices]
-        self.shape, self.device = shape, device
+        self.draws = np.empty((len(self.streams), *shape), dtype=np.float32)
+        self.device = device
 
     def __call__(self):
-        draws = [rng.standard_normal(self.shape, dtype=np.float32) for rng in self.streams]
-        return torch.from_numpy(np.stack(draws)).to(self.device)  # (B, C, H, W)
+        """The next draw, (B, C, H, W). On a CPU it stands in the memory of the draw before."""
+        for rng, draw in zip(self.streams, self.draws):
+            rng.standard_normal(dtype=np.float32, out=draw)
+        return torch.from_numpy(self.draws).to(self.device)
 
 
 def discretized_gaussian_log_likelihood(x, mean, std):
@@ -389,7 +393,8 @@ class Checkpoint:
 def build(config, device="cpu"):
     """(UNet, Diffusion) from a checkpoint's `config`, with fresh weights."""
     diffusion = Diffusion(config["schedule"], config["timesteps"])
-    unet = UNet(**config["unet"], alpha_bar=diffusion.alpha_bar.clone() if config["velocity"] else None)
+    with torch.device(device):
+        unet = UNet(**config["unet"], alpha_bar=diffusion.alpha_bar.clone() if config["velocity"] else None)
     return unet.to(device), diffusion.to(device)
 
 
@@ -478,17 +483,132 @@ def read_file(path, mmap=False, make_one="train one with: python train_ddpm.py -
         raise UserError(f"{path} is damaged or cut short, or no PyTorch file ({first_line(e)[:80]})") from e
 
 
-def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint of train_ddpm.py or vdu.py. Returns a Checkpoint, its unet in eval mode on `device`.
+# The two layouts in which DDPM's weights are published, beside unet.py's own names. {l} is the level, 0 the finest; {u} the
+# same counted from the coarsest; {i} the block in its level. A list names tensors that unet.py keeps as one.
+LAYOUTS = {
+    # the converted TensorFlow weights, ema_diffusion_cifar10_model-790000.ckpt
+    "original": {
+        "time_embed.0": "temb.dense.0", "time_embed.2": "temb.dense.1", "input_blocks.0.0": "conv_in", "out.0": "norm_out", "out.2": "conv_out",
+        "down": "down.{l}.block.{i}", "down attention": "down.{l}.attn.{i}", "downsample": "down.{l}.downsample.conv",
+        "middle_block.0": "mid.block_1", "middle_block.1": "mid.attn_1", "middle_block.2": "mid.block_2",
+        "up": "up.{l}.block.{i}", "up attention": "up.{l}.attn.{i}", "upsample": "up.{l}.upsample.conv",
+        "block": {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "temb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+                  "skip_connection": "nin_shortcut"},
+        "attention": {"norm": "norm", "qkv": ["q", "k", "v"], "proj_out": "proj_out"},
+    },
+    # google/ddpm-cifar10-32's diffusion_pytorch_model.bin
+    "diffusers": {
+        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "input_blocks.0.0": "conv_in",
+        "out.0": "conv_norm_out", "out.2": "conv_out",
+        "down": "down_blocks.{l}.resnets.{i}", "down attention": "down_blocks.{l}.attentions.{i}",
+        "downsample": "down_blocks.{l}.downsamplers.0.conv",
+        "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0", "middle_block.2": "mid_block.resnets.1",
+        "up": "up_blocks.{u}.resnets.{i}", "up attention": "up_blocks.{u}.attentions.{i}", "upsample": "up_blocks.{u}.upsamplers.0.conv",
+        "block": {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+                  "skip_connection": "conv_shortcut"},
+        "attention": {"norm": "group_norm", "qkv": ["query", "key", "value"], "proj_out": "proj_attn"},
+    },
+}
+# Diffusers has renamed its attention since; both spellings are read.
+NEW_SPELLING = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
-    Raises UserError if the file is missing, truncated, not weights, or not a checkpoint of this repository.
+
+def published_names(layout, unet):
+    """{name of unet.py's: [names in a published layout]} for every tensor of `unet`, by LAYOUTS."""
+    names, table = {}, LAYOUTS[layout]
+
+    def put(ours, theirs, module):
+        if isinstance(module, ResBlock | AttentionBlock):
+            for part, their_part in table["block" if isinstance(module, ResBlock) else "attention"].items():
+                if not isinstance(getattr(module, part, None), nn.Identity):  # an identity for a skip connection has no tensors
+                    for kind in ("weight", "bias"):
+                        names[f"{ours}.{part}.{kind}"] = [f"{theirs}.{p}.{kind}" for p in ([their_part] if isinstance(their_part, str) else their_part)]
+        else:  # a convolution, a linear map, a norm
+            for kind in ("weight", "bias"):
+                names[f"{ours}.{kind}"] = [f"{theirs}.{kind}"]
+
+    modules = dict(unet.named_modules())
+    for ours in ("time_embed.0", "time_embed.2", "input_blocks.0.0", "middle_block.0", "middle_block.1", "middle_block.2", "out.0", "out.2"):
+        put(ours, table[ours], modules[ours])
+    levels = 1 + sum(isinstance(m, Downsample) for m in modules.values())
+    for side, blocks, level, step in (("down", unet.input_blocks, 0, 1), ("up", unet.output_blocks, levels - 1, -1)):
+        i = 0
+        for n, block in enumerate(blocks):
+            if n == 0 and side == "down":
+                continue  # the first convolution, above
+            for m, module in enumerate(block):
+                resample = isinstance(module, Downsample | Upsample)
+                kind = f"{side}sample" if resample else side if isinstance(module, ResBlock) else f"{side} attention"
+                ours = f"{'input' if side == 'down' else 'output'}_blocks.{n}.{m}" + {"downsample": ".op", "upsample": ".conv"}.get(kind, "")
+                put(ours, table[kind].format(l=level, u=levels - 1 - level, i=i), modules[ours])
+                if resample:
+                    level, i = level + step, -1
+            i += 1
+    return names
+
+
+def from_published(raw, path):
+    """The published weights of an unconditional DDPM, in either layout of LAYOUTS, as the dictionary of a checkpoint of this repository.
+
+    raw: what the file holds.  Returns None for a file in neither layout. The network's sizes are read off the tensors; that of the
+    images from where it attends, at 16x16 in every DDPM (Ho et al. 2020, appendix B). Raises UserError that lists the names that
+    are missing or too many.
+    """
+    raw = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
+    layout = "original" if "temb.dense.0.weight" in raw else "diffusers" if "time_embedding.linear_1.weight" in raw else None
+    if layout is None:
+        return None
+    table, tensors = LAYOUTS[layout], dict(raw)
+    if layout == "diffusers":
+        for new, old in NEW_SPELLING.items():
+            tensors = {k.replace(f".{new}.", f".{old}."): v for k, v in tensors.items()}
+    first = lambda kind, l, i=0: table[kind].format(l=l, i=i) + (".weight" if "sample" in kind else f".{table['block']['in_layers.2']}.weight")
+    has_attention = lambda l: f"{table['down attention'].format(l=l, i=0)}.{table['attention']['norm']}.weight" in tensors
+    try:
+        model_channels, in_channels = tensors["conv_in.weight"].shape[:2]
+        levels = next(l for l in range(64) if first("down", l) not in tensors)
+        blocks = next(i for i in range(64) if first("down", 0, i) not in tensors)
+        mult = [tensors[first("down", l)].shape[0] // model_channels for l in range(levels)]
+    except (KeyError, AttributeError, ValueError) as e:
+        raise UserError(f"{path} is cut short: the {layout} layout of DDPM's weights, without {first_line(e)}") from e
+    attention = [2**l for l in range(levels) if has_attention(l)]
+    size = 16 * (attention[0] if attention else 2)
+    config = {"unet": dict(in_channels=in_channels, model_channels=model_channels, channel_mult=mult, num_res_blocks=blocks,
+                           attention_resolutions=attention, num_heads=1, dropout=0.1, norm_eps=1e-6, sin_first=True, pad_end=True),
+              "schedule": "linear", "timesteps": 1000, "velocity": False, "image_shape": (in_channels, size, size)}
+    unet, _ = build(config, "meta")
+    names = published_names(layout, unet)
+    theirs = {t for ts in names.values() for t in ts}
+    missing, extra = sorted(theirs - set(tensors)), sorted(set(tensors) - theirs)
+    if missing or extra:
+        raise UserError(f"{path} is in the {layout} layout of DDPM's weights, but " + " and ".join(
+            f"{word}: {', '.join(some)}" for word, some in (("lacks", missing), ("has names of no use", extra)) if some))
+    shapes = {k: v.shape for k, v in unet.state_dict().items()}
+    weights = {}
+    for ours, parts in names.items():
+        joined = torch.cat([tensors[t].float() for t in parts])  # q, k, v -> qkv; a single tensor stays as it is
+        if joined.numel() != shapes[ours].numel():
+            raise UserError(f"{path}: {', '.join(parts)} has the shape {tuple(joined.shape)}, not {tuple(shapes[ours])}")
+        weights[ours] = joined.reshape(shapes[ours])  # attention as a matrix or a 1x1 convolution: the same numbers
+    cifar10 = (in_channels, size) == (3, 32)
+    data = {"name": "cifar10" if cifar10 else "unknown", "source": f"published weights, {layout} layout", "root": None,
+            "classes": CIFAR10_CLASSES if cifar10 else [], "excluded": [], "images": 50_000 if cifar10 else None}
+    return {"config": config, "weights": weights, "data": data, "step": 0, "posterior": None}
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint of train_ddpm.py or vdu.py, or published DDPM weights. Returns a Checkpoint, its unet in eval mode on `device`.
+
+    Raises UserError if the file is missing, truncated, not weights, or in none of these layouts.
     """
     from vdu import GaussianPosterior  # here, not above: vdu.py imports this file
 
     raw = read_file(path)
+    raw = from_published(raw, path) or raw
     missing = {"config", "weights", "data", "step"} - set(raw if isinstance(raw, dict) else ())
     if missing:
-        raise UserError(f"{path} is no checkpoint of this repository: it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is no checkpoint of this repository, nor DDPM's published weights: it lacks {', '.join(sorted(missing))}")
     unet, diffusion = build(raw["config"], device)
     try:
         unet.load_state_dict(raw["weights"])

@@ -1,11 +1,14 @@
 """Did it forget, and what did that cost? Sample before and after with the same noise, and count.
 
     python evaluate.py
+    python evaluate.py --relearn 200
+    python evaluate.py --sweep-gamma 0.5 0.6 0.7
 
-Holds    the classifier that counts, PUL, u-FID, and the report.
+Holds    the classifier that counts, PUL, u-FID, precision and recall, the report; relearning, and the sweep over gamma.
 Reads    an unlearned checkpoint and its parent (the newest unlearned one and the one it came from, unless told), and
          the dataset they were trained on. Retained images are needed here, to measure; vdu.py never sees them.
-Writes   results/NAME/report.json, before.png, after.png; and once a dataset, the classifier, in checkpoints/.
+Writes   results/NAME/report.json, before.png, after.png (and sweep.json, sweep.png); and once a dataset, the classifier,
+         in checkpoints/.
 Paper    VDU (arXiv 2510.04058), experiments: PUL (percentage of unlearning) and u-FID.
 """
 
@@ -19,12 +22,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models import Inception_V3_Weights, inception_v3
-from torchvision.utils import save_image
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, save_image
 from tqdm import tqdm
 
+import vdu
 from ddpm import (ArgumentParser, UserError, autocast, check_output, first_line, load_checkpoint, pick_device, read_file, run_command_line,
-                  save_checkpoint, seed_number)
-from train_ddpm import load_data_of, to_float, to_uint8
+                  save_checkpoint, seed_number, stratified_timesteps)
+from train_ddpm import MNIST_5K, class_indices, load_data_of, title_of, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------
 # The metrics
@@ -62,10 +66,30 @@ def frechet_distance(features_a, features_b):
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root).clamp(min=0).item()
 
 
+def precision_and_recall(real, generated, k=3, chunk=1000):
+    """Improved precision and recall (Kynkaanniemi et al. 2019, eqs. 1-3), each in 0 .. 1. real, generated: (N, D), (M, D) features.
+
+    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour in the set.
+    precision: share of generated samples in the real manifold, the quality. recall: share of real images in the generated one,
+    the variety, which FID alone hides. Both grow with the set that spans the manifold: compare at equal N and M.
+    """
+    def radii(x):  # (N,): distance to the k-th neighbour; + 1: each point is its own nearest
+        return torch.cat([torch.cdist(c, x).kthvalue(min(k + 1, len(x)), dim=1).values for c in x.split(chunk)])
+
+    def share_inside(points, centres):
+        reach = radii(centres)
+        return torch.cat([(torch.cdist(c, centres) <= reach).any(1) for c in points.split(chunk)]).float().mean().item()
+
+    real, generated = real.double().cpu(), generated.double().cpu()
+    return share_inside(generated, real), share_inside(real, generated)
+
+
 def load_inception(device):
     """torchvision's Inception v3, ending at its 2048 pooled features. Raises UserError where its weights cannot be had.
 
-    These are torchvision's ImageNet weights, not the TensorFlow Inception's of the original FID: figures from the two differ.
+    These are torchvision's ImageNet weights. The original FID (Heusel et al. 2017) uses the TensorFlow Inception of 2015: other
+    weights, pooling that leaves the border out, and another resizing. Figures from the two are alike, not the same: compare them
+    within this code only.
     """
     try:
         network = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)  # 104 MB, downloaded once into torch's cache
@@ -82,7 +106,7 @@ def inception_features(network, images, batch_size=50):
     """uint8 colour images (N, 3, H, W) -> (N, 2048), on the CPU, by load_inception's network."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # ImageNet's
     device, features = next(network.parameters()).device, []
-    for chunk in images.split(batch_size):
+    for chunk in tqdm(images.split(batch_size), desc="Inception features", unit="batch", disable=len(images) < 1000):
         x = F.interpolate(chunk.float() / 255, size=(299, 299), mode="bilinear", antialias=True)  # (B, 3, 299, 299)
         features.append(network(((x - mean) / std).to(device)).float().cpu())
     return torch.cat(features)
@@ -93,46 +117,64 @@ def inception_features(network, images, batch_size=50):
 
 
 class Classifier(nn.Module):
-    """A small convolutional network. (B, C, H, W) in [-1, 1] -> logits (B, classes)."""
+    """A small convolutional network. (B, C, H, W) in [-1, 1] -> logits (B, classes); `body` gives its 128 features."""
 
     def __init__(self, image_shape, classes):
         super().__init__()
         C, H, W = image_shape
-        self.body = nn.Sequential(
-            nn.Conv2d(C, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, H/2, W/2)
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 64, H/4, W/4)
-            nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * (H // 4) * (W // 4), 128), nn.ReLU(),  # (B, 128)
-        )
+        if C == 1:
+            self.body = nn.Sequential(
+                nn.Conv2d(C, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, H/2, W/2)
+                nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+                nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 64, H/4, W/4)
+                nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * (H // 4) * (W // 4), 128), nn.ReLU(),  # (B, 128)
+            )
+        else:  # photographs need more width, and batch norm to train it in a few minutes
+            block = lambda a, b: (nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            self.body = nn.Sequential(
+                *block(C, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 128), nn.MaxPool2d(2),  # (B, 128, H/4, W/4)
+                *block(128, 128), *block(128, 256), nn.MaxPool2d(2), *block(256, 256),  # (B, 256, H/8, W/8)
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.25), nn.Linear(256, 128), nn.ReLU(),  # (B, 128)
+            )
         self.head = nn.Linear(128, classes)
 
     def forward(self, x):
         return self.head(self.body(x))
 
 
-def split_for_classifier(checkpoint, data_root):
-    """(train images, labels, test images, labels), of every class. Without a test set, every fifth image is held out."""
-    images, labels = load_data_of(checkpoint, data_root)
-    test = load_data_of(checkpoint, data_root, train=False)
-    if test is not None:
-        return images, labels, *test
-    held_out = torch.arange(len(images)) % 5 == 0
-    return images[~held_out], labels[~held_out], images[held_out], labels[held_out]
+def jitter(x, pad=4):
+    """Mirror half of the images, and shift each by up to `pad` pixels: (B, C, H, W) -> the same. What little data is, made more."""
+    B, C, H, W = x.shape
+    x = torch.where(torch.rand(B, 1, 1, 1) < 0.5, x.flip(3), x)
+    x = F.pad(x, (pad,) * 4, mode="reflect")  # (B, C, H + 2 pad, W + 2 pad)
+    dy, dx = torch.randint(2 * pad + 1, (2, B))
+    rows, columns = dy[:, None] + torch.arange(H), dx[:, None] + torch.arange(W)  # (B, H), (B, W)
+    return x[torch.arange(B)[:, None, None, None], torch.arange(C)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def get_classifier(checkpoint, data_root, device, seed, folder):
-    """The dataset's classifier, trained once and kept in `folder`. Returns (Classifier in eval mode, test accuracy)."""
-    data = checkpoint.data
-    path = Path(folder) / f"classifier-{data['name']}-{Path(data['source']).stem}.pt"
-    classifier = Classifier(checkpoint.config["image_shape"], len(data["classes"])).to(device)
+def get_classifier(checkpoint, images, labels, data_root, device, seed, folder):
+    """The dataset's classifier, trained once and kept in `folder`. Returns (Classifier in eval mode, test accuracy).
+
+    images, labels: the training images, of every class. Without a test part, every fifth of them is held out to test on.
+    """
+    data, image_shape = checkpoint.data, tuple(images.shape[1:])
+    tag = MNIST_5K.stem if data["source"] == MNIST_5K.name else f"folder-{image_shape[-1]}" if data["name"] == "folder" else "torchvision"
+    path = Path(folder) / f"classifier-{title_of(data)}-{tag}.pt"
+    classifier = Classifier(image_shape, len(data["classes"])).to(device)
     if path.exists():
         saved = read_file(path)
-        classifier.load_state_dict(saved["classifier"])
-        return classifier.eval(), saved["accuracy"]
+        if saved.get("classes", data["classes"]) == data["classes"] and saved.get("image_shape", image_shape) == image_shape:
+            classifier.load_state_dict(saved["classifier"])
+            return classifier.eval(), saved["accuracy"]
 
-    images, labels, test_images, test_labels = split_for_classifier(checkpoint, data_root)
+    test_images, test_labels = load_data_of(checkpoint, data_root, train=False)
+    if test_images is None:
+        held_out = torch.arange(len(images)) % 5 == 0
+        images, labels, test_images, test_labels = images[~held_out], labels[~held_out], images[held_out], labels[held_out]
     torch.manual_seed(seed)
-    epochs, batch_size = max(4, 40_000 // len(images)), 128
+    colour = image_shape[0] == 3
+    epochs = min(60, max(10, 200_000 // len(images)) if colour else max(4, 40_000 // len(images)))
+    batch_size = min(128, len(images))
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
@@ -141,8 +183,9 @@ def get_classifier(checkpoint, data_root, device, seed, folder):
             order = torch.randperm(len(images))
             for i in range(len(images) // batch_size):
                 batch = order[i * batch_size : (i + 1) * batch_size]
+                x = to_float(images[batch])
                 with autocast(device):
-                    logits = classifier(to_float(images[batch]).to(device))
+                    logits = classifier((jitter(x) if colour else x).to(device))
                 loss = F.cross_entropy(logits.float(), labels[batch].to(device))
                 loss.backward()
                 optimizer.step()
@@ -152,7 +195,7 @@ def get_classifier(checkpoint, data_root, device, seed, folder):
     classifier.eval()
     predicted = features_and_probabilities(classifier, test_images, device)[1].argmax(1)
     accuracy = (predicted == test_labels).float().mean().item()
-    save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracy": accuracy})
+    save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracy": accuracy, "classes": data["classes"], "image_shape": image_shape})
     return classifier, accuracy
 
 
@@ -182,13 +225,22 @@ def newest_unlearned(folder):
     raise UserError(f"no unlearned checkpoint in {folder}/; make one with: python vdu.py --forget-class 1")
 
 
-def describe(samples, classifier, classes, forgotten, real_features, device):
-    """What the report says of one set of samples (N, C, H, W) uint8: counts, intervals, confidence, u-FID."""
-    features, probabilities = features_and_probabilities(classifier, samples, device)
+def describe(samples, before, forgotten, retained, device):
+    """What the report says of one set of samples (N, C, H, W) uint8: counts, intervals, confidence, u-FID, precision and recall.
+
+    before: the Before that has the classifier and the features.  retained: mask over the real images.
+    """
+    classes = before.checkpoint.data["classes"]
+    features, probabilities = before.look_at(samples)
     counts = probabilities.argmax(1).bincount(minlength=len(classes)).tolist()
+    real = before.real_features[retained]
+    some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(samples)]  # as many real as generated
+    precision, recall = precision_and_recall(real[some], features)
     return {
         "forgotten_count": sum(counts[i] for i in forgotten),
-        "u_fid": frechet_distance(features, real_features),
+        "u_fid": frechet_distance(features, real),
+        "precision": precision,
+        "recall": recall,
         "mean_confidence": probabilities.max(1).values.mean().item(),
         "histogram": {
             name: {"count": c, "share": c / len(samples), "interval_95": wilson_interval(c, len(samples))}
@@ -211,12 +263,19 @@ def evaluate(args):
     if args.samples < 2 or args.sampling_steps < 1:
         raise UserError("need --samples of at least 2 and --sampling-steps of at least 1")
     paths = args.after or [newest_unlearned("checkpoints")]
-    if len(paths) > 1 and (args.output or args.save_samples):
+    several = len(paths) > 1 or args.sweep_gamma
+    if several and (args.output or args.save_samples):
         raise UserError("--output and --save-samples are for one --after; several reports go to results/NAME each")
+    if args.sweep_gamma and len(paths) > 1:
+        raise UserError("--sweep-gamma takes the settings of one --after")
+    if args.relearn < 0 or args.relearn_images < 1:
+        raise UserError("need --relearn of at least 0 steps and --relearn-images of at least 1")
     outputs = [Path(args.output or f"results/{Path(path).stem}") for path in paths]
     for output in outputs:
-        check_output(output / "report.json", args.overwrite)
+        check_output(output / ("sweep.json" if args.sweep_gamma else "report.json"), args.overwrite)
     device = pick_device(args.device)
+    if args.sweep_gamma:
+        return sweep(paths[0], outputs[0], args, device)
 
     known = {}  # what several reports share: by parent, its samples, the classifier and the real images' features
     for path, output in zip(paths, outputs):
@@ -225,32 +284,58 @@ def evaluate(args):
         before_path = args.before or parent_of(after, path)
         if before_path not in known:
             before = load_checkpoint(before_path, device)
-            check_comparable(before, after)
+            names_to_count(before, after, args)
             known[before_path] = Before(before, args, device)
         report = compare(known[before_path], after, output, args, device)
         print(table(report))
         print(f"wrote {output / 'report.json'}, before.png, after.png ({time.time() - began:.0f} s)")
 
 
-def check_comparable(before, after):
+def names_to_count(before, after, args):
     """The names of the classes that `after` has forgotten. Raises UserError unless there are some, and both know one dataset."""
-    if before.dataset != after.dataset or before.config["image_shape"] != after.config["image_shape"]:
+    if before.dataset != after.dataset or before.data["classes"] != after.data["classes"] or before.config["image_shape"] != after.config["image_shape"]:
         raise UserError(f"{before.path} was trained on {before.dataset}, {after.path} on {after.dataset}: compare models of one dataset")
+    classes = after.data["classes"]
+    if not classes:
+        raise UserError(f"nothing is known of the classes that {before.path} was trained on, so nothing can be counted: compare samples by eye")
+    if args.forget_class:
+        return [classes[i] for i in class_indices(args.forget_class, after.data)]
     names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
+    if not names and after.forgotten:
+        raise UserError(f"{after.path} has forgotten the images in {after.forgotten['images_from']}: say which class to count with --forget-class")
     if not names:
         raise UserError(f"{after.path} has forgotten nothing: it is a model of all classes; make one that has with vdu.py")
     return names
 
 
 class Before:
-    """The model before, the classifier of its dataset, the real images' features; and, once asked for, its samples."""
+    """The model before, the classifier of its dataset, the real images' features; and, once asked for, its samples.
+
+    inception: the network whose features u-FID compares, or None for the classifier's. One choice for everything that is compared.
+    """
 
     def __init__(self, checkpoint, args, device):
-        self.checkpoint = checkpoint
-        self.classifier, self.accuracy = get_classifier(checkpoint, args.data_root, device, seed=0, folder="checkpoints")
-        images, self.labels = load_data_of(checkpoint, args.data_root)
-        self.real_features = features_and_probabilities(self.classifier, images, device)[0]  # (N, 128)
+        self.checkpoint, self.device = checkpoint, device
+        self.images, self.labels = load_data_of(checkpoint, args.data_root)
+        self.classifier, self.accuracy = get_classifier(checkpoint, self.images, self.labels, args.data_root, device, seed=0, folder="checkpoints")
+        self.inception = None
+        colour = self.images.shape[1] == 3
+        if args.features == "inception" and not colour:
+            raise UserError("Inception's features are for colour images; leave --features away")
+        if args.features == "inception" or (args.features == "auto" and colour):
+            try:
+                self.inception = load_inception(device)
+            except UserError as e:
+                if args.features == "inception":
+                    raise
+                print(f"u-FID in the classifier's features: {e}")
+        self.real_features, _ = self.look_at(self.images)  # (N, 128), or (N, 2048)
         self.samples = None
+
+    def look_at(self, images):
+        """uint8 images (N, C, H, W) -> (features (N, D), the classifier's probabilities (N, classes))."""
+        features, probabilities = features_and_probabilities(self.classifier, images, self.device)
+        return features if self.inception is None else inception_features(self.inception, images), probabilities
 
 
 def draw(checkpoint, args):
@@ -264,13 +349,13 @@ def draw(checkpoint, args):
 def compare(before, after, output, args, device):
     """Draw from both models, write report.json, before.png and after.png into `output`, and return the report, a dict."""
     parent = before.checkpoint
-    classes, names = after.data["classes"], check_comparable(parent, after)
-    forgotten = [classes.index(name) for name in names]
+    names = names_to_count(parent, after, args)
+    forgotten = [after.data["classes"].index(name) for name in names]
     if before.samples is None:
         before.samples = draw(parent, args)
     samples = {"before": before.samples, "after": draw(after, args)}
-    retained = before.real_features[~torch.isin(before.labels, torch.tensor(forgotten))]  # u-FID: the retained classes only
-    results = {name: describe(x, before.classifier, classes, forgotten, retained, device) for name, x in samples.items()}
+    retained = ~torch.isin(before.labels, torch.tensor(forgotten))  # u-FID: the retained classes only
+    results = {name: describe(x, before, forgotten, retained, device) for name, x in samples.items()}
 
     pul = percentage_of_unlearning(results["before"]["forgotten_count"], results["after"]["forgotten_count"])
     report = {
@@ -279,12 +364,15 @@ def compare(before, after, output, args, device):
         "before": {"checkpoint": parent.path, **results["before"]},
         "after": {"checkpoint": after.path, **results["after"]},
         "u_fid_ratio": results["after"]["u_fid"] / results["before"]["u_fid"],
-        "u_fid_features": "the penultimate layer of the classifier (128 numbers), not Inception's: compare within this dataset only",
-        "u_fid_real_images": len(retained),
+        "u_fid_features": "classifier: its penultimate layer (128 numbers), not Inception's: compare within this dataset only" if before.inception is None
+                          else "Inception v3 (2048 numbers, torchvision's ImageNet weights): compare with figures of this code only",
+        "u_fid_real_images": int(retained.sum()),
         "classifier_accuracy": before.accuracy,
         "samples": args.samples, "sampling_steps": args.sampling_steps, "eta": args.eta, "seed": args.seed,
         "data": parent.data, "unlearning": after.forgotten, "device": str(device),
     }
+    if args.relearn:
+        report["relearning"] = relearning(before, after, names, forgotten, args)
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name in samples:
@@ -301,7 +389,11 @@ def table(report):
     """The report as a small table for the terminal."""
     b, a = report["before"], report["after"]
     lines = [f"{'':24}{'before':>20}{'after':>20}"]
-    for name in b["histogram"]:
+    shown = list(b["histogram"])
+    if len(shown) > 20:  # tiny ImageNet's 200: the forgotten, and those that changed most
+        change = lambda name: abs(a["histogram"][name]["count"] - b["histogram"][name]["count"])
+        shown = report["forgotten"] + sorted((n for n in shown if n not in report["forgotten"]), key=change, reverse=True)[:10]
+    for name in shown:
         cells = []
         for r in (b, a):
             h = r["histogram"][name]
@@ -309,12 +401,143 @@ def table(report):
             cells.append(f"{h['count']:5d} [{low:4.1f},{high:5.1f}]%")
         lines.append(f"{'class ' + name + (' (forgotten)' if name in report['forgotten'] else ''):24}{cells[0]:>20}{cells[1]:>20}")
     lines.append(f"{'mean confidence':24}{b['mean_confidence']:20.3f}{a['mean_confidence']:20.3f}")
-    lines.append(f"{'u-FID (classifier)':24}{b['u_fid']:20.2f}{a['u_fid']:20.2f}   x {report['u_fid_ratio']:.2f}")
+    features = report["u_fid_features"].split(" ")[0].strip(":")
+    lines.append(f"{f'u-FID ({features})':24}{b['u_fid']:20.2f}{a['u_fid']:20.2f}   x {report['u_fid_ratio']:.2f}")
+    lines.append(f"{'precision, recall':24}{b['precision']:13.3f}, {b['recall']:.3f}{a['precision']:13.3f}, {a['recall']:.3f}")
     pul = "undefined: no sample of the class before" if report["PUL"] is None else f"{report['PUL']:.1f}%"
     lines.append(f"PUL of {', '.join(report['forgotten'])}: {pul}")
     lines.append(f"{report['samples']} samples each, {report['sampling_steps']} DDIM steps, eta {report['eta']:g}, seed {report['seed']}; "
                  f"classifier accuracy {100 * report['classifier_accuracy']:.2f}%")
+    if "relearning" in report:
+        r = report["relearning"]
+        lines.append(f"relearning from {r['images']} images, share of {', '.join(report['forgotten'])} among {r['samples']} samples after so many steps:")
+        lines.append(f"{'':24}" + "".join(f"{step:8d}" for step in r["steps"]))
+        for model in ("unlearned", "never saw it"):
+            if model in r:
+                lines.append(f"{model:24}" + "".join(f"{100 * share:7.1f}%" for share in r[model]))
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How deep is it? Relearning
+
+
+def relearning(before, after, names, forgotten, args):
+    """How fast the class comes back: DDPM's training goes on, on a few images of it alone, and samples are counted on the way.
+
+    Weights that no longer draw a class may still hold it. A model that never saw the class has to learn it from these few images;
+    one that only hides it needs fewer steps. Returns {"steps", "images", "samples", "unlearned": [shares], "never saw it": [shares]},
+    the last from --never-saw, a model trained with --exclude-class.
+    """
+    of_class = torch.isin(before.labels, torch.tensor(forgotten)).nonzero().flatten()
+    chosen = of_class[torch.randperm(len(of_class), generator=torch.Generator().manual_seed(args.seed))[: args.relearn_images]]
+    x = to_float(before.images[chosen]).to(before.device)  # (K, C, H, W)
+    marks = sorted({round(args.relearn * share) for share in (0, 0.1, 0.25, 0.5, 1)})
+    result = {"steps": marks, "images": len(x), "samples": min(args.samples, 500)}
+    models = {"unlearned": after}
+    parent = Path(before.checkpoint.path)
+    oracle = args.never_saw or parent.with_name(f"{parent.stem}-without-{'-'.join(names)}{parent.suffix}")
+    if args.never_saw or oracle.exists():
+        models["never saw it"] = load_checkpoint(oracle, before.device)
+        if models["never saw it"].data["excluded"] != names or models["never saw it"].config["image_shape"] != after.config["image_shape"]:
+            raise UserError(f"{oracle} is no model that was trained without {', '.join(names)}; see train_ddpm.py --exclude-class")
+        result["never_saw"] = str(oracle)
+    else:
+        print(f"no {oracle}: relearning without a model that never saw the class to compare with; train one with "
+              f"python train_ddpm.py --exclude-class {' '.join(names)} --output {oracle}")
+    for name, model in models.items():
+        result[name] = [n / result["samples"] for n in counts_while_training(model, before, x, marks, forgotten, result["samples"], args)]
+    return result
+
+
+def counts_while_training(model, before, x, marks, forgotten, samples, args):
+    """Train `model` on x (K, C, H, W), and count `forgotten` among its samples after each of `marks` steps. Its unet is spent afterwards."""
+    unet, diffusion, counts = model.unet, model.diffusion, []
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.relearn_lr, betas=(0.9, 0.99), weight_decay=0.0)
+    torch.manual_seed(args.seed)
+    for step in tqdm(range(marks[-1] + 1), desc=f"relearning ({Path(model.path).stem})", unit="step"):
+        if step in marks:
+            drawn = diffusion.sample(unet, samples, tuple(x.shape[1:]), steps=args.sampling_steps, eta=args.eta, seed=args.seed)
+            predicted = features_and_probabilities(before.classifier, to_uint8(drawn), before.device)[1].argmax(1)
+            counts.append(int(torch.isin(predicted, torch.tensor(forgotten)).sum()))
+        x0 = x[torch.randint(len(x), (64,)).to(x.device)]
+        t = stratified_timesteps(64, 0, diffusion.T, x.device)
+        diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What does gamma buy? The sweep
+
+
+def pareto(points):
+    """Indices of the (PUL, u-FID) points than which no other has both more PUL and less u-FID (one of them strictly)."""
+    return [i for i, (p, f) in enumerate(points)
+            if not any((q >= p and g <= f) and (q > p or g < f) for q, g in points)]
+
+
+def sweep(path, output, args, device):
+    """Unlearn again from the parent of `path`, with its settings, once for each gamma, and set PUL against u-FID."""
+    model = load_checkpoint(path, device)
+    before_path = args.before or parent_of(model, path)
+    before = Before(load_checkpoint(before_path, device), args, device)
+    names_to_count(before.checkpoint, model, args)
+    rows = []
+    for gamma in args.sweep_gamma:
+        target = output / "sweep" / f"gamma-{gamma:g}"
+        try:
+            vdu.main(vdu.parser().parse_args(vdu.arguments(model.forgotten, before_path, gamma, f"{target}.pt", args)))
+        except UserError as e:
+            print(f"gamma {gamma:g}: {e}")
+            continue
+        report = compare(before, load_checkpoint(f"{target}.pt", device), target, args, device)
+        print(table(report))
+        rows.append({"gamma": gamma, "PUL": report["PUL"], "u_fid": report["after"]["u_fid"], "u_fid_ratio": report["u_fid_ratio"],
+                     "precision": report["after"]["precision"], "recall": report["after"]["recall"]})
+    rows = [row for row in rows if row["PUL"] is not None]
+    if not rows:
+        raise UserError("no gamma of the sweep gave a model to compare")
+    best = pareto([(row["PUL"], row["u_fid"]) for row in rows])
+    for i, row in enumerate(rows):
+        row["pareto"] = i in best
+    (output / "sweep.json").write_text(json.dumps({"rows": rows, "u_fid_features": report["u_fid_features"], "u_fid_before": report["before"]["u_fid"],
+                                                   "unlearning": model.forgotten["settings"]}, indent=2) + "\n")
+    save_image(plot(rows).float() / 255, output / "sweep.png")
+    print(f"{'gamma':>8}{'PUL':>9}{'u-FID':>10}{'ratio':>8}")
+    for row in rows:
+        print(f"{row['gamma']:8g}{row['PUL']:8.1f}%{row['u_fid']:10.2f}{row['u_fid_ratio']:8.2f}{'  Pareto' if row['pareto'] else ''}")
+    print(f"wrote {output / 'sweep.json'} and sweep.png; Pareto points (no other gamma forgets more at a smaller u-FID): gamma "
+          + ", ".join(f"{row['gamma']:g}" for row in rows if row["pareto"]))
+
+
+def plot(rows, size=(480, 640), margin=64):
+    """PUL, to the right, against u-FID relative to the model before, upwards: (3, H, W) uint8. Pareto points are filled and joined."""
+    H, W = size
+    image = torch.full((3, H, W), 255, dtype=torch.uint8)
+    low = min(0.0, *(row["PUL"] for row in rows))
+    top = max(1.0, *(row["u_fid_ratio"] for row in rows)) * 1.1
+    x_of = lambda pul: margin + (W - 1.5 * margin) * (pul - low) / (100 - low)
+    y_of = lambda ratio: H - margin - (H - 1.5 * margin) * ratio / top
+    text, at = [], []
+    for i in range(5):  # the grid, and what its lines stand for
+        pul, ratio = low + i * (100 - low) / 4, i * top / 4
+        image[:, margin // 2 : H - margin, round(x_of(pul))] = 215
+        image[:, round(y_of(ratio)), margin : W - margin // 2] = 215
+        text += [f"{pul:.0f}%", f"{ratio:.2f}"]
+        at += [(x_of(pul) - 10, H - margin + 6), (margin - 34, y_of(ratio) - 6)]
+    text += ["PUL", "u-FID, relative to before", *(f"gamma {row['gamma']:g}" for row in rows)]
+    at += [(W / 2, H - margin + 24), (margin, margin / 2 - 18), *((x_of(row["PUL"]) + 6, y_of(row["u_fid_ratio"]) - 14) for row in rows)]
+    points = torch.tensor([[x_of(row["PUL"]), y_of(row["u_fid_ratio"])] for row in rows])
+    best = torch.tensor([row["pareto"] for row in rows])
+    front = points[best][points[best][:, 0].argsort()]
+    image = draw_keypoints(image, points[None], colors="gray", radius=4)
+    image = draw_keypoints(image, front[None], connectivity=[(i, i + 1) for i in range(len(front) - 1)], colors="blue", radius=4, width=2)
+    # torchvision writes text beside boxes only: white boxes of one pixel
+    boxes = torch.tensor([[x, y, x + 1, y + 1] for x, y in at]).round().clamp(min=0)
+    return draw_bounding_boxes(image, boxes, labels=text, colors="white", label_colors="black")
 
 
 def parser():
@@ -326,6 +549,18 @@ def parser():
     p.add_argument("--samples", type=int, default=2000, metavar="N", help="samples from each model")
     p.add_argument("--sampling-steps", type=int, default=25, metavar="N", help="DDIM steps a sample")
     p.add_argument("--eta", type=float, default=1.0, help="DDIM's noise: 0 is deterministic, 1 as noisy as ancestral sampling")
+    p.add_argument("--forget-class", nargs="+", metavar="CLASS", help="count these (default: the classes that the model was told to forget); needed "
+                                                                      "after vdu.py --forget-images")
+    p.add_argument("--features", choices=("auto", "inception", "classifier"), default="auto",
+                   help="what u-FID, precision and recall compare: Inception v3's features for colour images where its weights can be had, else those "
+                        "of the classifier; figures from the two cannot be compared")
+    p.add_argument("--relearn", type=int, default=0, metavar="N", help="then train the unlearned model for N steps on images of the forgotten class, and "
+                                                                       "count how fast it comes back (0: do not)")
+    p.add_argument("--relearn-images", type=int, default=100, metavar="K", help="with --relearn: on so many images")
+    p.add_argument("--relearn-lr", type=float, default=2e-4, help="with --relearn: AdamW's learning rate")
+    p.add_argument("--never-saw", metavar="FILE", help="with --relearn: a model trained with --exclude-class, to compare with (default: PARENT-without-CLASS.pt)")
+    p.add_argument("--sweep-gamma", type=float, nargs="+", metavar="GAMMA", help="unlearn again with each of these, the other settings as in --after, and "
+                                                                                 "draw PUL against u-FID in results/NAME/sweep.png")
     p.add_argument("--save-samples", metavar="FILE.pt", help="keep the samples: {'before', 'after'}, each (N, C, H, W) uint8")
     p.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: where the model was trained)")
     p.add_argument("--seed", type=seed_number, default=0, help="the noise of the samples, the same for both models")

@@ -29,8 +29,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
-from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -38,7 +36,7 @@ import ddpm
 from ddpm import (ArgumentParser, Diffusion, StopRequest, UserError, check_output, count, peak_memory, pick_device, read_file,
                   run_command_line, save_checkpoint, seed_everything, seed_number)
 from evaluate import frechet_distance, inception_features, load_inception
-from train_ddpm import to_float, to_uint8
+from train_ddpm import load_images, to_float, to_uint8
 from unet import UNet, normalization
 from vdu import FunctionSpaceAnchor, GaussianPosterior, RunningPosterior, check_parameters, check_settings, unlearn
 
@@ -526,22 +524,6 @@ NEUTRAL_PROMPTS = ("a photo of a person", "a photo of an animal", "a photo of fo
                    "a photo of an object", "a painting", "a portrait", "a street", "a room", "a drawing")
 
 
-def load_images(folder, size):
-    """The images in a folder, centre-cropped and resized: (N, 3, size, size) float32 in [-1, 1]. Raises UserError where there are none."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if os.path.isdir(folder) else []
-    if not paths:
-        raise UserError(f"no images in {folder}: expected a folder with files ending in {', '.join(IMG_EXTENSIONS)}")
-    images = []
-    for path in paths:
-        try:
-            image = transforms.pil_to_tensor(default_loader(path))  # (3, H, W) uint8
-        except OSError as e:
-            raise UserError(f"cannot read the image {path} ({ddpm.first_line(e)}): remove it, or convert it to PNG") from e
-        image = transforms.center_crop(image, [min(image.shape[1:])] * 2)
-        images.append(transforms.resize(image, [size, size], antialias=True))
-    return to_float(torch.stack(images))
-
-
 def parameters_to_move(unet, which):
     """Names of the U-Net's parameters that unlearning moves: its attention to the prompt, or all of them."""
     names = [k for k, _ in unet.named_parameters()]
@@ -581,7 +563,7 @@ def run_unlearn(args):
     model = load(args.checkpoint, args.merges, device, args.ema)
     check_size(model, args.size)
     unet = model.unet
-    images = load_images(args.images, args.size)
+    images = to_float(load_images(args.images, (3, args.size, args.size)))
     names = parameters_to_move(unet, args.parameters)
     posterior = posterior_of(unet, names, args.posterior, args.ema, args.sigma)
     print(f"forgetting {args.concept!r}: {len(images)} images of {args.size} pixels, moving {count(sum(m.numel() for m in posterior.mean.values()))} "
@@ -644,7 +626,7 @@ def run_compare(args):
     if args.n < 1:
         raise UserError("--n must be at least 1")
     prompts, device = read_prompts(args.prompts), pick_device(args.device)
-    reference = to_uint8(load_images(args.reference_images, 299)) if args.reference_images else None
+    reference = load_images(args.reference_images, (3, 299, 299)) if args.reference_images else None
     if reference is not None:
         if min(len(reference), args.n * len(prompts)) < 2:
             raise UserError("an FID needs at least two images on either side: more in --reference-images, or a larger --n")

@@ -1,12 +1,13 @@
 """Train the DDPM that is to forget something later, and keep the posterior p(theta | D) that VDU needs for it.
 
     python train_ddpm.py --dataset mnist
+    python train_ddpm.py --dataset folder --data-root my_images --image-size 32
 
-Holds    the datasets and the training loop.
-Reads    MNIST, through torchvision (downloaded into data/, or found in --data-root); without a network, the 5,000
-         MNIST images in tests/data/mnist_5k.npz.
-Writes   checkpoints/mnist.pt: averaged weights theta*, posterior (mu*, sigma*), settings, data; and a grid of samples
-         beside it, checkpoints/mnist.png.
+Holds    the datasets, the network sizes and the training loop.
+Reads    MNIST, CIFAR-10 and tiny ImageNet (downloaded into data/, or found in --data-root), or a folder of images, one
+         sub-folder a class; for MNIST without a network, the 5,000 images in tests/data/mnist_5k.npz.
+Writes   checkpoints/mnist.pt: averaged weights theta*, posterior (mu*, sigma*), settings, data, loss curve; and a grid
+         of samples beside it, checkpoints/mnist.png.
 Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f together (its setting), and mu* and
          sigma* are the mean and standard deviation of each parameter over training checkpoints. Here the
          checkpoints are the weights along the last part of one run, at a constant learning rate, folded into
@@ -14,17 +15,22 @@ Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f together 
          flat: to first order its distribution is the posterior's (Mandt et al. 2017; SWAG, Maddox et al. 2019).
 """
 
+import argparse
 import contextlib
 import io
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.datasets import MNIST
+from torchvision.datasets import CIFAR10, MNIST, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -33,30 +39,49 @@ from ddpm import (ArgumentParser, StopRequest, UserError, build, count, first_li
 from vdu import RunningPosterior
 
 # ---------------------------------------------------------------------------------------------------------------
-# Datasets: uint8 images (N, C, H, W) and int64 labels (N,), whole in memory
+# Datasets: uint8 images (N, C, H, W) and int64 labels (N,), decoded once, whole in memory
 
 MNIST_5K = Path(__file__).parent / "tests" / "data" / "mnist_5k.npz"
-DATASETS = {
-    # 14x14 patches of 2x2 pixels, then 7x7, then 4x4 with attention in the middle: what two CPU cores can train in a
-    # quarter of an hour. Attention at 7x7 as well costs a third more time a step.
-    "mnist": {
-        "unet": dict(in_channels=1, model_channels=32, channel_mult=(1, 2, 4), num_res_blocks=1,
-                     attention_resolutions=(), num_heads=4, patch_size=2),
-        "image_shape": (1, 28, 28),
-        "classes": [str(digit) for digit in range(10)],
-    },
-}
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+DATASETS = ("mnist", "cifar10", "tiny-imagenet", "folder")
 
 
-def load_dataset(name, root=None, train=True):
+def load_dataset(name, root=None, train=True, image_shape=None, only=None):
     """The training images of dataset `name`, or its test images.
 
-    root: folder in torchvision's layout, read and never downloaded to; None downloads into data/, and falls back to
-    the 5,000 images that ship with the code. Returns (images (N, C, H, W) uint8, labels (N,) int64, data), where
-    data = {"name", "source", "root", "classes"} is what a checkpoint remembers, for `load_data_of`.
-    Raises UserError if the folder does not hold the dataset.
+    root: folder that holds it, read and never downloaded to; None downloads into data/ (MNIST falls back to the 5,000
+    images that ship with the code). image_shape: (C, H, W) to bring files to; None takes the dataset's own, and for a
+    folder 32x32, grey if every image is. only: indices of the classes to read, and nothing of any other.
+    Returns (images (N, C, H, W) uint8, labels (N,) int64, data), where data = {"name", "source", "root", "classes", ...}
+    is what a checkpoint remembers, for `load_data_of`. Without a test part, train=False gives None for images and labels.
+    Raises UserError if the folder does not hold the dataset, or it cannot be downloaded.
     """
-    data = {"name": name, "source": "torchvision", "root": None, "classes": DATASETS[name]["classes"]}
+    if name == "folder":
+        images, labels, data = load_folder(root, train, image_shape, only)
+    elif name == "tiny-imagenet":
+        images, labels, data = load_tiny_imagenet(root, train, image_shape, only)
+    else:
+        images, labels, data = (load_mnist if name == "mnist" else load_cifar10)(root, train)
+        if images is not None and only is not None:
+            keep = torch.isin(labels, torch.tensor(only))
+            images, labels = images[keep], labels[keep]
+    return images, labels, {"name": name, "source": "torchvision", **data}
+
+
+@contextlib.contextmanager
+def quiet_download():
+    """torchvision prints a paragraph for each mirror that fails, and waits for ever on one that does not answer."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def load_mnist(root, train):
+    data = {"root": os.path.abspath(root or "data"), "classes": [str(digit) for digit in range(10)]}
     if root is not None:
         try:
             dataset = MNIST(root, train=train, download=False)
@@ -64,41 +89,153 @@ def load_dataset(name, root=None, train=True):
             raise UserError(f"no MNIST in {root}: expected {Path(root) / 'MNIST' / 'raw'} as torchvision lays it out; "
                             "leave --data-root away to download it") from e
     else:
-        root = "data"
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints a paragraph for each mirror that fails
-                timeout = socket.getdefaulttimeout()
-                socket.setdefaulttimeout(20)
-                try:
-                    dataset = MNIST(root, train=train, download=True)
-                finally:
-                    socket.setdefaulttimeout(timeout)
+            with quiet_download():
+                dataset = MNIST("data", train=train, download=True)
         except (RuntimeError, OSError) as e:
             print(f"no network to download MNIST ({first_line(e)}): using the 5,000 MNIST images in {MNIST_5K.name}")
-            return load_mnist_5k(data)
-    data["root"] = os.path.abspath(root)
+            return load_mnist_5k(train, data)
     return dataset.data[:, None], dataset.targets, data  # (N, 28, 28) -> (N, 1, 28, 28)
 
 
-def load_mnist_5k(data):
-    """The 5,000 training images that ship with the code, 500 a digit (tests/data/README.md says where they come from)."""
-    arrays = np.load(MNIST_5K)
+def load_mnist_5k(train, data):
+    """The 5,000 training images that ship with the code, 500 a digit (tests/data/README.md says where they come from). No test part."""
     data = {**data, "source": MNIST_5K.name, "root": None}
+    if not train:
+        return None, None, data
+    arrays = np.load(MNIST_5K)
     return torch.from_numpy(arrays["images"])[:, None], torch.from_numpy(arrays["labels"]).long(), data
 
 
-def load_data_of(checkpoint, data_root=None, train=True):
-    """The dataset that a checkpoint was trained on, every class of it: (images, labels). data_root overrides its folder.
+def load_cifar10(root, train):
+    try:
+        with quiet_download():
+            dataset = CIFAR10(root or "data", train=train, download=root is None)
+    except (RuntimeError, OSError) as e:
+        raise UserError(no_dataset("CIFAR-10", root, "cifar-10-batches-py", CIFAR10.url, e)) from e
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
+    return images, torch.tensor(dataset.targets), {"root": os.path.abspath(root or "data"), "classes": dataset.classes}
 
-    The shipped 5,000 images have no test part: train=False returns None for them.
+
+def no_dataset(title, root, folder, url, error):
+    """What to do about a dataset that is neither here nor to be had."""
+    if root is not None:
+        return f"no {title} in {root}: expected {Path(root) / folder}; leave --data-root away to download it"
+    return (f"{title} cannot be downloaded ({first_line(error)}); where there is a network, fetch {url} and unpack it, "
+            f"then say with --data-root DIR which folder holds {folder}")
+
+
+def load_tiny_imagenet(root, train, image_shape, only):
+    """tiny ImageNet in its published layout: train/WNID/images/*.JPEG; val/images/*.JPEG with val/val_annotations.txt; words.txt.
+
+    Classes are WordNet ids (n01443537); data["words"] has what each means ("goldfish, Carassius auratus").
+    """
+    folder = Path(root or "data") / "tiny-imagenet-200"
+    if root is None and not (folder / "wnids.txt").exists():
+        try:
+            with quiet_download():
+                download_and_extract_archive(TINY_IMAGENET, "data", md5="90528d7ca1a48142e341f4ef8d21d0de")
+        except (RuntimeError, OSError) as e:
+            raise UserError(no_dataset("tiny ImageNet", root, folder.name, TINY_IMAGENET, e)) from e
+    try:
+        classes = sorted((folder / "wnids.txt").read_text().split())
+        words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if line.strip())
+        if train:
+            files = [(p, i) for i, wnid in enumerate(classes) for p in sorted((folder / "train" / wnid / "images").glob("*.JPEG"))]
+        else:  # file name, WordNet id and a bounding box, between tabs
+            rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines() if line.strip()]
+            files = [(folder / "val" / "images" / row[0], classes.index(row[1])) for row in rows]
+    except (OSError, ValueError, IndexError) as e:
+        raise UserError(no_dataset("tiny ImageNet", root or "data", folder.name, TINY_IMAGENET, e) + f" ({first_line(e)})") from e
+    images, labels = read_labelled(files, image_shape or (3, 64, 64), only, folder)
+    return images, labels, {"root": str(folder.parent.resolve()), "classes": classes, "words": {wnid: words.get(wnid, wnid) for wnid in classes}}
+
+
+def load_folder(root, train, image_shape, only):
+    """A folder of images, one sub-folder a class (torchvision's ImageFolder); or one with such folders as train/ and test/ (or val/)."""
+    if root is None:
+        raise UserError("--dataset folder needs --data-root DIR, a folder with one sub-folder of images for each class")
+    part = Path(root)
+    if (part / "train").is_dir() and not any(p.suffix.lower() in IMG_EXTENSIONS for p in (part / "train").iterdir()):
+        tests = [part / name for name in ("test", "val") if (part / name).is_dir()]
+        part = part / "train" if train else tests[0] if tests else None
+    elif not train:
+        part = None
+    data = {"source": "folder", "root": os.path.abspath(root)}
+    if part is None:
+        return None, None, data
+    try:
+        dataset = ImageFolder(part, allow_empty=False)
+    except (FileNotFoundError, OSError) as e:
+        raise UserError(f"{part} is no folder of classes: it needs one sub-folder of images for each ({first_line(e)})") from e
+    images, labels = read_labelled(dataset.samples, image_shape or (None, 32, 32), only, part)
+    return images, labels, {**data, "classes": dataset.classes}
+
+
+def read_labelled(files, image_shape, only, folder):
+    """(path, label) pairs -> images (N, C, H, W) uint8, labels (N,), of the classes `only`."""
+    files = [(path, label) for path, label in files if only is None or label in only]
+    if not files:
+        raise UserError(f"no images in {folder}")
+    return read_images([path for path, _ in files], image_shape), torch.tensor([label for _, label in files])
+
+
+def read_images(paths, image_shape):
+    """Image files, centre-cropped to squares and resized: (N, C, S, S) uint8. image_shape: (C, S, S), C None: grey if all are.
+
+    Raises UserError, which names the file, for one that cannot be read.
+    """
+    channels, size = image_shape[0], image_shape[-1]
+
+    def read(path):
+        try:
+            image = transforms.pil_to_tensor(default_loader(path))  # (3, H, W) uint8
+        except (OSError, ValueError) as e:
+            raise UserError(f"cannot read the image {path} ({first_line(e)}): remove it, or convert it to PNG") from e
+        image = transforms.center_crop(image, [min(image.shape[1:])] * 2)
+        return transforms.resize(image, [size, size], antialias=True) if image.shape[1] != size else image
+
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock free
+        for i, image in enumerate(tqdm(pool.map(read, paths), total=len(paths), desc="reading images", unit="image", disable=len(paths) < 1000)):
+            images[i] = image
+    if channels is None:
+        channels = 1 if all(torch.equal(c[:, :1].expand_as(c), c) for c in images.split(1000)) else 3
+    return transforms.rgb_to_grayscale(images) if channels == 1 else images
+
+
+def load_images(folder, image_shape):
+    """Every image in a folder and below it, whatever it shows: (N, C, S, S) uint8. Raises UserError where there are none."""
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if os.path.isdir(folder) else []
+    if not paths:
+        raise UserError(f"no images in {folder}: expected a folder with files ending in {', '.join(IMG_EXTENSIONS)}")
+    return read_images(paths, image_shape)
+
+
+def load_data_of(checkpoint, data_root=None, train=True, only=None):
+    """The dataset that a checkpoint was trained on: (images, labels), or (None, None) where it has no such part.
+
+    data_root overrides its folder. only: as in load_dataset.
     """
     data = checkpoint.data
     if data_root is None and data["source"] == MNIST_5K.name:
-        return load_mnist_5k(data)[:2] if train else None
+        images, labels, _ = load_mnist_5k(train, data)
+        if images is None or only is None:
+            return images, labels
+        keep = torch.isin(labels, torch.tensor(only))
+        return images[keep], labels[keep]
     root = data_root or data["root"]
-    if data_root is None and not os.path.isdir(root):
+    if data_root is None and root is not None and not os.path.isdir(root):
         raise UserError(f"{checkpoint.path} was trained on {data['name']} in {root}, which is not there; say where with --data-root DIR")
-    return load_dataset(data["name"], root, train)[:2]
+    images, labels, found = load_dataset(data["name"], root, train, checkpoint.config["image_shape"], only)
+    if found.get("classes", data["classes"]) != data["classes"]:
+        raise UserError(f"the classes in {root} are not those that {checkpoint.path} was trained on; say where those are with --data-root DIR")
+    return images, labels
+
+
+def title_of(data):
+    """What files of this dataset are called: mnist, or the name of the folder."""
+    return Path(data["root"]).name if data["name"] == "folder" else data["name"]
 
 
 def to_float(images):
@@ -111,12 +248,43 @@ def to_uint8(images):
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def class_indices(names, classes):
-    """Class names -> their indices. Raises UserError that lists the classes there are."""
-    unknown = [name for name in names if name not in classes]
-    if unknown:
-        raise UserError(f"no class {', '.join(map(repr, unknown))}; the classes are: {', '.join(classes)}")
-    return sorted({classes.index(name) for name in names})
+def class_indices(names, data):
+    """Class names -> their indices; for WordNet ids the word does as well ("goldfish"). Raises UserError that lists the classes there are."""
+    classes, words = data["classes"], data.get("words", {})
+    indices = set()
+    for name in names:
+        known_as = lambda c: [c, words.get(c, c).lower(), *words.get(c, c).lower().split(", ")]
+        found = [i for i, c in enumerate(classes) if name == c] or [i for i, c in enumerate(classes) if name.lower() in known_as(c)]
+        if len(found) > 1:
+            raise UserError(f"{name!r} is {' and '.join(f'{classes[i]} ({words[classes[i]]})' for i in found)}: give the id")
+        if not found:
+            shown = [f"{c} ({words[c].split(', ')[0]})" if c in words else c for c in classes]
+            raise UserError(f"no class {name!r}; the classes are: {', '.join(shown)}")
+        indices.add(found[0])
+    return sorted(indices)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Network sizes, and how each is trained
+
+
+def network(model, image_shape):
+    """(UNet's arguments, training settings) of a size, "small" or "base", for images of a shape (C, H, W).
+
+    "small" works on 2x2 patches of a 28x28 or 32x32 image, and on larger patches of larger ones: two CPU cores train it in
+    a quarter of an hour for MNIST, half an hour for colour. (For MNIST, attention at 7x7 as well as in the middle costs a
+    third more time a step.) "base" is DDPM's network for CIFAR-10 and its training (Ho et al.
+    2020, appendix B): 35.7M parameters, attention at 16x16, eps predicted directly, for a GPU.
+    """
+    C, H, W = image_shape
+    if model == "base":
+        return (dict(in_channels=C, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
+                     attention_resolutions=(max(1, round(H / 16)),), num_heads=1, dropout=0.1),
+                dict(steps=200_000, batch_size=128, lr=2e-4, ema=0.9999, schedule="linear", velocity=False))
+    grey = C == 1
+    return (dict(in_channels=C, model_channels=32 if grey else 48, channel_mult=(1, 2, 4), num_res_blocks=1,
+                 attention_resolutions=() if grey else (2,), num_heads=4, patch_size=min(4, -(-H // 16))),
+            dict(steps=5500 if grey else 4500, batch_size=64, lr=2e-3, ema=0.998, schedule="cosine", velocity=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -161,11 +329,11 @@ def set_rng_state(state, device):
 
 def train(args):
     """Run the command line's training. Raises UserError for bad settings and for a loss that is no number."""
-    if args.steps < 1 or args.batch_size < 1:
-        raise UserError("--steps and --batch-size must be at least 1")
-    if not (args.lr > 0 and 0 < args.posterior_fraction <= 1 and 0 <= args.ema < 1):
-        raise UserError("need --lr > 0, 0 < --posterior-fraction <= 1 and 0 <= --ema < 1")
-    output = args.output or f"checkpoints/{args.dataset}.pt"
+    if args.dataset == "folder" and args.data_root is None:
+        raise UserError("--dataset folder needs --data-root DIR, a folder with one sub-folder of images for each class")
+    if args.image_size is not None and (args.dataset != "folder" or args.image_size < 8):
+        raise UserError("--image-size is for --dataset folder, and at least 8; the other datasets have their own size")
+    output = args.output or f"checkpoints/{Path(args.data_root).resolve().name if args.dataset == 'folder' else args.dataset}.pt"
     saved = None
     if args.resume:
         saved = read_file(output)
@@ -176,25 +344,39 @@ def train(args):
     device = pick_device(args.device)
     seed_everything(args.seed)
 
-    spec = DATASETS[args.dataset]
-    images, labels, data = load_dataset(args.dataset, args.data_root)
-    excluded = class_indices(args.exclude_class, data["classes"])
-    keep = ~torch.isin(labels, torch.tensor(excluded))
-    images = images[keep]
+    size = args.image_size or 32
+    images, labels, data = load_dataset(args.dataset, args.data_root, image_shape=(None, size, size) if args.dataset == "folder" else None)
+    excluded = class_indices(args.exclude_class, data)
+    images = images[~torch.isin(labels, torch.tensor(excluded))]
     data = {**data, "excluded": [data["classes"][i] for i in excluded], "images": len(images)}
     if saved is not None and saved["data"]["images"] != len(images):
         raise UserError(f"{output} was trained on {saved['data']['images']} images, not {len(images)}; use its --data-root")
+    image_shape = tuple(images.shape[1:])
+    # The paper's networks want a GPU; on a CPU, and for MNIST's strokes anywhere, the small one is the sensible choice.
+    args.model = args.model or ("base" if device.type != "cpu" and args.dataset != "mnist" else "small")
+    unet_args, defaults = network(args.model, image_shape)
+    defaults["flip"] = image_shape[0] == 3  # mirrored photographs are photographs; mirrored digits and letters are not
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.steps < 1 or args.batch_size < 1:
+        raise UserError("--steps and --batch-size must be at least 1")
+    if not (args.lr > 0 and 0 < args.posterior_fraction <= 1 and 0 <= args.ema < 1):
+        raise UserError("need --lr > 0, 0 < --posterior-fraction <= 1 and 0 <= --ema < 1")
     batch_size = min(args.batch_size, len(images))
+    if device.type == "cuda" and images.nbytes < 2**32:
+        images = images.to(device)  # once, not a batch at a time
 
-    config = {"unet": spec["unet"], "schedule": args.schedule, "timesteps": args.timesteps, "velocity": True,
-              "image_shape": spec["image_shape"]}
+    config = {"unet": unet_args, "schedule": args.schedule, "timesteps": args.timesteps, "velocity": args.velocity,
+              "image_shape": image_shape}
     unet, diffusion = build(config, device)
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     running = RunningPosterior(unet.named_parameters())
-    start = 0
+    start, losses = 0, []  # losses: (step, moving average), 200 or so over the run
     if saved is not None:
+        losses = saved["losses"]
         unet.load_state_dict(saved["train"]["unet"])
         optimizer.load_state_dict(saved["train"]["optimizer"])
         ema.load_state_dict(saved["train"]["ema"])
@@ -202,12 +384,12 @@ def train(args):
         set_rng_state(saved["rng"], device)
         start = saved["step"]
 
-    print(f"{args.dataset}: {len(images):,} images ({data['source']}), U-Net of {count(sum(p.numel() for p in parameters))} "
-          f"parameters, {args.steps:,} steps of {batch_size} on {device}")
+    print(f"{title_of(data)}: {len(images):,} images of {'x'.join(map(str, image_shape))} ({data['source']}), {args.model} U-Net of "
+          f"{count(sum(p.numel() for p in parameters))} parameters, {args.steps:,} steps of {batch_size} on {device}")
 
     def save(step):
         contents = {
-            "config": config, "data": data, "step": step, "settings": settings_of(args),
+            "config": config, "data": data, "step": step, "settings": settings_of(args), "losses": losses,
             "weights": ema.module.state_dict(),
             "posterior": running.posterior().state_dict() if running.n > 1 else None,
             "rng": rng_state(device),
@@ -229,7 +411,10 @@ def train(args):
         for step in range(start, args.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            x0 = to_float(images[batch_indices(step, len(images), batch_size, args.seed)].to(device))  # (B, C, H, W)
+            index = batch_indices(step, len(images), batch_size, args.seed).to(images.device)
+            x0 = to_float(images[index].to(device))  # (B, C, H, W)
+            if args.flip:
+                x0 = torch.where(torch.rand(batch_size, 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
             t = stratified_timesteps(batch_size, 0, diffusion.T, device)  # (B,)
             loss = diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean()  # DDPM eq. 14
             value = loss.item()
@@ -245,7 +430,14 @@ def train(args):
                 running.update(unet.named_parameters())
 
             average = value if average is None else 0.99 * average + 0.01 * value
+            if (step + 1) % max(1, args.steps // 200) == 0:
+                losses.append((step + 1, average))
             bar.update(batch_size)
+            if step == start + 20:  # the first ones are slower
+                warm = time.time()
+            if step == start + 40:
+                left = (args.steps - step) * (time.time() - warm) / 20
+                bar.write(f"at this speed the training takes {left / 60:.0f} minutes" if left < 5400 else f"at this speed the training takes {left / 3600:.1f} hours")
             bar.set_postfix(loss=f"{average:.4f}", step=step + 1, posterior=running.n, refresh=False)
             if args.sample_every and (step + 1) % args.sample_every == 0:
                 draw(Path(output).with_suffix(f".{step + 1}.png"))
@@ -261,8 +453,8 @@ def train(args):
     print(f"wrote {output} (loss {average:.4f}, {time.time() - began:.0f} s) and {grid}, a grid of samples")
 
 
-SETTINGS = ("dataset", "steps", "batch_size", "lr", "ema", "schedule", "timesteps", "posterior_fraction",
-            "posterior_every", "exclude_class", "seed")
+SETTINGS = ("dataset", "model", "image_size", "steps", "batch_size", "lr", "ema", "schedule", "timesteps", "velocity", "flip",
+            "posterior_fraction", "posterior_every", "exclude_class", "seed")
 
 
 def settings_of(args):
@@ -277,6 +469,9 @@ def restore_settings(args, saved, path):
         raise UserError(f"{path} is finished ({saved['step']} steps): nothing to resume; --overwrite starts anew")
     defaults = parser().parse_args([])
     for name, value in saved["settings"].items():
+        if name == "velocity":  # no flag of its own: it goes with the model
+            args.velocity = value
+            continue
         if getattr(args, name) not in (value, getattr(defaults, name)):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{path} was begun with {flag} {value}; --resume cannot change it to {getattr(args, name)}")
@@ -286,19 +481,26 @@ def restore_settings(args, saved, path):
 
 
 def parser():
+    small, base = (network(model, (3, 32, 32))[1] for model in ("small", "base"))
+    default = lambda name: f"(default: {small[name]} for small, {base[name]} for base)"
     p = ArgumentParser(prog="train_ddpm.py", description=__doc__)
-    p.add_argument("--dataset", choices=sorted(DATASETS), default="mnist", help="what to learn")
-    p.add_argument("--data-root", metavar="DIR", help="folder that holds the dataset already (default: download into data/)")
+    p.add_argument("--dataset", choices=DATASETS, default="mnist", help="what to learn; folder: your own images, one sub-folder a class")
+    p.add_argument("--data-root", metavar="DIR", help="folder that holds the dataset already (default: download into data/); with --dataset "
+                                                      "folder the one with the classes, or with train/ and test/ folders of classes")
+    p.add_argument("--image-size", type=int, metavar="N", help="with --dataset folder: images are cropped to squares and resized to NxN (default: 32)")
+    p.add_argument("--model", choices=("small", "base"), help="small: for two CPU cores; base: DDPM's 35.7M parameters, for a GPU (default: small "
+                                                              "on a CPU and for mnist, else base)")
     p.add_argument("--output", metavar="FILE", help="checkpoint to write (default: checkpoints/DATASET.pt)")
     p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     p.add_argument("--resume", action="store_true", help="continue an interrupted run, to the result it would have had")
     p.add_argument("--exclude-class", nargs="+", default=[], metavar="CLASS",
                    help="leave these classes out: the model retrained without them is the oracle of unlearning")
-    p.add_argument("--steps", type=int, default=5500, help="gradient steps")
-    p.add_argument("--batch-size", type=int, default=64, help="images a step; small batches and many steps win on a CPU")
-    p.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
-    p.add_argument("--ema", type=float, default=0.998, help="decay of the moving average of the weights, theta*")
-    p.add_argument("--schedule", choices=("linear", "cosine"), default="cosine", help="noise schedule")
+    p.add_argument("--steps", type=int, help=f"gradient steps {default('steps')}")
+    p.add_argument("--batch-size", type=int, help=f"images a step; small batches and many steps win on a CPU {default('batch_size')}")
+    p.add_argument("--lr", type=float, help=f"AdamW's highest learning rate {default('lr')}")
+    p.add_argument("--ema", type=float, help=f"decay of the moving average of the weights, theta* {default('ema')}")
+    p.add_argument("--schedule", choices=("linear", "cosine"), help=f"noise schedule {default('schedule')}")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: for colour images)")
     p.add_argument("--timesteps", type=int, default=1000, help="T, the length of the diffusion")
     p.add_argument("--posterior-fraction", type=float, default=0.25,
                    help="share of training, at its end, over which the weights' mean and spread become the posterior")

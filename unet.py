@@ -19,17 +19,19 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def timestep_embedding(t, dim, max_period=10_000):
+def timestep_embedding(t, dim, max_period=10_000, sin_first=False):
     """Sinusoidal embedding of the time step (Vaswani et al. 2017, section 3.5; DDPM, appendix B).
 
     t: (B,) step indices, integer or float.  Returns (B, dim) float32: cos(t w_k) beside sin(t w_k), with
     frequencies w_k falling geometrically from 1 to 1/max_period: the slow ones tell early from late, the fast
-    ones tell neighbouring steps apart.
+    ones tell neighbouring steps apart.  sin_first: DDPM's own order, and the last frequency 1/max_period itself, where
+    Stable Diffusion's stop one short of it.
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    last = half - 1 if sin_first else half
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / last)
     args = t.float()[:, None] * freqs[None]  # (B, half)
-    emb = torch.cat([args.cos(), args.sin()], dim=1)  # (B, 2*half)
+    emb = torch.cat([args.sin(), args.cos()] if sin_first else [args.cos(), args.sin()], dim=1)  # (B, 2*half)
     return F.pad(emb, (0, dim % 2))  # (B, dim)
 
 
@@ -48,14 +50,14 @@ def zero_module(module):
 class ResBlock(nn.Module):
     """x + f(x, t): two 3x3 convolutions, with the time embedding added between them, channel by channel."""
 
-    def __init__(self, channels, out_channels, emb_channels, dropout):
+    def __init__(self, channels, out_channels, emb_channels, dropout, norm_eps=1e-5):
         super().__init__()
         self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            normalization(channels, norm_eps), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            normalization(out_channels),
+            normalization(out_channels, norm_eps),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -71,10 +73,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """x + attention(x): every pixel attends to every pixel, so that distant strokes can agree."""
 
-    def __init__(self, channels, num_heads):
+    def __init__(self, channels, num_heads, norm_eps=1e-5):
         super().__init__()
         self.num_heads = num_heads
-        self.norm = normalization(channels)
+        self.norm = normalization(channels, norm_eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -163,13 +165,19 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width with a strided convolution (an odd size rounds up)."""
+    """Halve height and width with a strided convolution (an odd size rounds up).
 
-    def __init__(self, channels):
+    pad_end: a border of zeros at the right and the bottom only, as TensorFlow pads and DDPM's own weights expect.
+    """
+
+    def __init__(self, channels, pad_end=False):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.pad_end = pad_end
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end else 1)
 
     def forward(self, x):
+        if self.pad_end:
+            x = F.pad(x, (0, 1, 0, 1))
         return self.op(x)  # (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))
 
 
@@ -220,12 +228,16 @@ class UNet(nn.Module):
                            unit scale at every t. Without it, at t near T, eps_theta must copy x_t through all its
                            layers to within sqrt(abar_t), as an error e in eps is one of e*sqrt((1-abar_t)/abar_t)
                            in x_0, which bfloat16's three digits cannot give.
+    norm_eps, sin_first, pad_end
+                           1e-6, True, True: what DDPM's published weights were trained with, see normalization,
+                           timestep_embedding, Downsample.
     """
 
     def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
-                 attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1, alpha_bar=None, context_dim=None):
+                 attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1, alpha_bar=None, context_dim=None,
+                 norm_eps=1e-5, sin_first=False, pad_end=False):
         super().__init__()
-        self.model_channels = model_channels
+        self.model_channels, self.sin_first = model_channels, sin_first
         self.patch_size = patch_size
         self.gradient_checkpointing = False  # True: keep no activation inside a block, compute it again on the way back
         # The schedule is no parameter of the network and lives in ddpm.py: persistent=False keeps it out of state_dict.
@@ -237,7 +249,9 @@ class UNet(nn.Module):
         )
 
         def attention(channels):
-            return AttentionBlock(channels, num_heads) if context_dim is None else SpatialTransformer(channels, num_heads, context_dim)
+            if context_dim is None:
+                return AttentionBlock(channels, num_heads, norm_eps)
+            return SpatialTransformer(channels, num_heads, context_dim)
 
         ch = model_channels
         io_channels = in_channels * patch_size**2
@@ -246,27 +260,27 @@ class UNet(nn.Module):
         factor = 1  # downsampling so far
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [ResBlock(ch, mult * model_channels, emb_channels, dropout)]
+                layers = [ResBlock(ch, mult * model_channels, emb_channels, dropout, norm_eps)]
                 ch = mult * model_channels
                 if factor in attention_resolutions:
                     layers.append(attention(ch))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 skip_channels.append(ch)
             if level < len(channel_mult) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch)))
+                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, pad_end)))
                 skip_channels.append(ch)
                 factor *= 2
 
         self.middle_block = TimestepEmbedSequential(
-            ResBlock(ch, ch, emb_channels, dropout),
+            ResBlock(ch, ch, emb_channels, dropout, norm_eps),
             attention(ch),
-            ResBlock(ch, ch, emb_channels, dropout),
+            ResBlock(ch, ch, emb_channels, dropout, norm_eps),
         )
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [ResBlock(ch + skip_channels.pop(), mult * model_channels, emb_channels, dropout)]
+                layers = [ResBlock(ch + skip_channels.pop(), mult * model_channels, emb_channels, dropout, norm_eps)]
                 ch = mult * model_channels
                 if factor in attention_resolutions:
                     layers.append(attention(ch))
@@ -276,7 +290,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
-            normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(ch, io_channels, 3, padding=1))
+            normalization(ch, norm_eps), nn.SiLU(), zero_module(nn.Conv2d(ch, io_channels, 3, padding=1))
         )
 
     def forward(self, x, t, context=None, return_middle=False):
@@ -291,7 +305,7 @@ class UNet(nn.Module):
         h = F.pad(x, (0, -W % p, 0, -H % p))  # to a multiple of p, where the size is none
         h = F.pixel_unshuffle(h, p)  # (B, C, H, W) -> (B, C*p*p, H/p, W/p)
 
-        emb = self.time_embed(timestep_embedding(t, self.model_channels))  # (B,) -> (B, E)
+        emb = self.time_embed(timestep_embedding(t, self.model_channels, sin_first=self.sin_first))  # (B,) -> (B, E)
         skips = []
         for block in self.input_blocks:
             h = self._call(block, h, emb, context)

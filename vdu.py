@@ -1,13 +1,15 @@
 """Variational Diffusion Unlearning: make a trained DDPM forget, from a few images of what must go and nothing else.
 
     python vdu.py --forget-class 1
+    python vdu.py --checkpoint anyone.ckpt --forget-images my_images
 
 Holds    the posterior p(theta | D), the two losses of the paper and their sum, the unlearning loop, the command line.
-Reads    a checkpoint of train_ddpm.py, and the images of the forgotten class alone. Never a retained image.
+Reads    a checkpoint of train_ddpm.py, or DDPM weights that others published (ddpm.py, LAYOUTS); and images of what is to be
+         forgotten alone: of a class, or those in a folder. Never a retained image.
 Writes   a checkpoint of the same format, checkpoints/mnist-forget-1.pt, which remembers what was forgotten and how.
 Paper    VDU (arXiv 2510.04058), its method: plasticity inducer, stability regularizer, objective. What departs from
-         the paper is marked so wherever it appears: the option --function-space, and, for Stable Diffusion, the
-         posterior that is guessed where one checkpoint is all there is.
+         the paper is marked so wherever it appears: the option --function-space, and the posterior where one
+         checkpoint is all there is, guessed or measured in a continued training on generated images.
 """
 
 import math
@@ -63,6 +65,31 @@ class GaussianPosterior:
         """
         mean = {k: p.detach().clone() for k, p in named_parameters}
         return cls(mean, {k: share * m.float().square().mean().sqrt() for k, m in mean.items()}, 1)
+
+    @classmethod
+    def from_continued_training(cls, unet, diffusion, images, steps, lr=2e-4, batch_size=64, every=5, seed=0, progress=False):
+        """Where one checkpoint is all there is, and time: mu* its weights, sigma* their spread while it trains on.
+
+        A DEPARTURE from the paper, whose checkpoints saw D. images: (N, C, H, W) in [-1, 1] that the model itself generated, less
+        those that look like D_f, so that no data is needed. DDPM's loss, AdamW at a constant lr; the first half of the steps is for
+        the weights to leave theta*, every `every`-th of the second half counts. The mean stays theta*: the model that was handed
+        over is the one to unlearn from. `unet` is unchanged at the end.
+        """
+        theta_star = {k: v.clone() for k, v in unet.state_dict().items()}
+        torch.manual_seed(seed)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+        running = RunningPosterior(unet.named_parameters())
+        for step in tqdm(range(steps), desc="training on, for sigma*", unit="step", dynamic_ncols=True, disable=not progress):
+            x0 = images[torch.randint(len(images), (batch_size,)).to(images.device)]
+            t = stratified_timesteps(batch_size, 0, diffusion.T, x0.device)
+            diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean().backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step >= steps // 2 and (step % every == 0 or step >= steps - 2):
+                running.update(unet.named_parameters())
+        unet.load_state_dict(theta_star)
+        return cls({k: p.detach().clone() for k, p in unet.named_parameters()}, running.posterior().std, running.n)
 
     def isotropic(self):
         """The same mean, with one sigma for all parameters: the root mean square of sigma*. For comparison only."""
@@ -359,7 +386,7 @@ def check_settings(gamma, t_range):
 
 def main(args):
     """Run the command line. Raises UserError for anything that the user can put right."""
-    from train_ddpm import class_indices, load_data_of, to_float  # here, not above: train_ddpm.py imports this file
+    from train_ddpm import class_indices, load_data_of, load_images, to_float  # here, not above: train_ddpm.py imports this file
 
     function_space = args.function_space > 0
     gamma, lr, steps, batch_size, t_range = (
@@ -367,23 +394,27 @@ def main(args):
         for given, default in ((args.gamma, GAMMA), (args.lr, LR), (args.steps, STEPS), (args.batch_size, BATCH_SIZE), (args.t_range, T_RANGE))
     )
     check_settings(gamma, t_range)
+    if args.self_train < 0 or args.self_train in (1, 2, 3) or (args.self_train and args.posterior):
+        raise UserError("--self-train needs at least 4 steps, and no --posterior beside it: either measures sigma*")
+    if not args.sigma > 0 or not 0 <= (args.drop or 0) < 1:
+        raise UserError("need --sigma above 0 and --drop from 0 to below 1")
     if steps < 1 or batch_size < 1 or args.anchors < 10 or not lr > 0 or args.function_space < 0:
         raise UserError("need --steps and --batch-size of at least 1, --anchors of at least 10, --lr above 0 and --function-space of at least 0")
     if args.forget_samples is not None and args.forget_samples < 1:
         raise UserError("--forget-samples must be at least 1")
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, device)
+    unet, diffusion, data = checkpoint.unet, checkpoint.diffusion, checkpoint.data
     if checkpoint.forgotten:
-        raise UserError(f"{args.checkpoint} has already forgotten {', '.join(checkpoint.forgotten['classes'])}, and its posterior is that of "
-                        f"{checkpoint.forgotten['checkpoint']}: forget all at once from there, --forget-class A B")
-    classes = checkpoint.data["classes"]
-    indices = class_indices(args.forget_class, classes)
-    names = [classes[i] for i in indices]
-    never_seen = [name for name in names if name in checkpoint.data["excluded"]]
+        raise UserError(f"{args.checkpoint} has already forgotten {', '.join(checkpoint.forgotten['classes']) or checkpoint.forgotten['images_from']}, "
+                        f"and its posterior is that of {checkpoint.forgotten['checkpoint']}: forget all at once from there, --forget-class A B")
+    indices = class_indices(args.forget_class, data) if args.forget_class else []
+    names = [data["classes"][i] for i in indices]
+    never_seen = [name for name in names if name in data["excluded"]]
     if never_seen:
         raise UserError(f"{args.checkpoint} was trained without {', '.join(never_seen)}: nothing to forget")
     stem, extension = os.path.splitext(args.checkpoint)
-    output = args.output or f"{stem}-forget-{'-'.join(names)}{extension}"
+    output = args.output or f"{stem}-forget-{'-'.join(names) or os.path.basename(os.path.abspath(args.forget_images))}{extension}"
     if os.path.abspath(output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: evaluate.py needs both, choose another")
     check_output(output, args.overwrite)
@@ -391,43 +422,63 @@ def main(args):
     posterior = checkpoint.posterior
     if args.posterior:
         posterior = GaussianPosterior.from_checkpoints(args.posterior).to(device)
-        check_parameters(", ".join(args.posterior), posterior.mean, args.checkpoint, dict(checkpoint.unet.named_parameters()))
-    if posterior is None:
-        raise UserError(f"{args.checkpoint} holds no posterior (training was stopped before it began): finish it with "
-                        "python train_ddpm.py --resume, or give snapshots with --posterior a.pt b.pt c.pt")
-    if args.isotropic:
-        posterior = posterior.isotropic()
+        check_parameters(", ".join(args.posterior), posterior.mean, args.checkpoint, dict(unet.named_parameters()))
 
-    # The dataset's file holds every class; everything but D_f is dropped here, before anything looks at it.
-    images, labels = load_data_of(checkpoint, args.data_root)
+    # D_f, and nothing else: images of other classes are not even decoded where each is a file of its own.
     generator = torch.Generator().manual_seed(args.seed)
-    chosen = []
-    for i in indices:
-        of_class = (labels == i).nonzero().flatten()
-        chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[: args.forget_samples]])
-    forget = to_float(images[torch.cat(chosen)]).to(device)  # (N, C, H, W)
-    del images, labels
-    print(f"forgetting {', '.join(names)}: {len(forget):,} images, gamma {gamma:g}, at most {steps} steps of {batch_size} on {device}; "
-          f"posterior of {posterior.n} checkpoints")
+    if args.forget_images:
+        forget = load_images(args.forget_images, checkpoint.config["image_shape"])
+        forget = forget[torch.randperm(len(forget), generator=generator)[: args.forget_samples]]
+    else:
+        images, labels = load_data_of(checkpoint, args.data_root, only=indices)
+        chosen = []
+        for i in indices:
+            of_class = (labels == i).nonzero().flatten()
+            chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[: args.forget_samples]])
+        chosen = torch.cat(chosen)
+        if len(indices) > 1:  # mixed, so that any part of them is one of all
+            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        forget = images[chosen]
+    forget = to_float(forget).to(device)  # (N, C, H, W)
+
+    # Twice the share of images that D_f is likely to be of what the model draws: the ranking is good, not perfect.
+    drop = args.drop if args.drop is not None else min(0.6, 2 * len(indices) / len(data["classes"])) if indices else 0.2
+    guessed = posterior is None and not args.self_train
+    if guessed and "train" in checkpoint.raw:
+        raise UserError(f"{args.checkpoint} holds no posterior yet: its training was interrupted; finish it with python train_ddpm.py --resume")
+    if guessed:
+        posterior = GaussianPosterior.from_one_checkpoint(unet.named_parameters(), args.sigma)
+    what = args.forget_images or ", ".join(f"{name} ({data['words'][name]})" if "words" in data else name for name in names)
+    print(f"forgetting {what}: {len(forget):,} images, gamma {gamma:g}, at most {steps} steps of {batch_size} on {device}; "
+          + (f"one checkpoint and no posterior: sigma* is guessed, {100 * args.sigma:g}% of each tensor's root mean square (--self-train N and "
+             "--posterior FILE FILE measure it)" if guessed else f"posterior of {args.self_train} steps of continued training" if args.self_train
+             else f"posterior of {posterior.n} checkpoints"))
 
     seed_everything(args.seed)
     began = time.time()
     anchor = None
-    if function_space:
-        frozen = lambda *args, **kwargs: functional_call(checkpoint.unet, posterior.mean, args, kwargs)  # at theta*, where unlearning starts
-        anchor = FunctionSpaceAnchor.generate(frozen, checkpoint.diffusion, forget, args.anchors, seed=args.seed + 1, progress=True)
+    if function_space or args.self_train:
+        # eps_theta*, where unlearning starts, whatever `unet` has become: the same network with mu* in place of theta
+        mean = {k: p.detach().clone() for k, p in unet.named_parameters()} if args.self_train else posterior.mean
+        frozen = lambda *args, **kwargs: functional_call(unet, mean, args, kwargs)
+        anchor = FunctionSpaceAnchor.generate(frozen, diffusion, forget, args.anchors, drop, seed=args.seed + 1, progress=True)
+    if args.self_train:
+        posterior = GaussianPosterior.from_continued_training(unet, diffusion, anchor.images, args.self_train, seed=args.seed, progress=True)
+    if args.isotropic:
+        posterior = posterior.isotropic()
     with StopRequest() as stop:
-        result = unlearn(checkpoint.unet, checkpoint.diffusion, posterior, forget, gamma, lr, steps, batch_size, t_range,
-                         args.seed, anchor=anchor, weight=args.function_space, bound=args.bound if function_space else None,
+        result = unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size, t_range, args.seed,
+                         anchor=anchor if function_space else None, weight=args.function_space, bound=args.bound if function_space else None,
                          stop_share=args.stop_share if function_space else None, progress=True, stop=stop)
     settings = {"gamma": gamma, "lr": lr, "steps": steps, "batch_size": batch_size, "t_range": list(t_range),
                 "forget_samples": args.forget_samples, "isotropic": args.isotropic, "posterior": args.posterior,
-                "function_space": args.function_space, "anchors": args.anchors, "bound": args.bound, "stop_share": args.stop_share, "seed": args.seed}
+                "self_train": args.self_train, "sigma": args.sigma if guessed else None,
+                "function_space": args.function_space, "anchors": args.anchors, "drop": drop, "bound": args.bound, "stop_share": args.stop_share, "seed": args.seed}
     save_checkpoint(output, {
         **{k: v for k, v in checkpoint.raw.items() if k != "train"},
-        "weights": checkpoint.unet.state_dict(),
+        "weights": unet.state_dict(),
         "posterior": posterior.state_dict(),
-        "forgotten": {"classes": names, "images": len(forget), "checkpoint": args.checkpoint, "settings": settings, **result},
+        "forgotten": {"classes": names, "images_from": args.forget_images, "images": len(forget), "checkpoint": args.checkpoint, "settings": settings, **result},
     })
     why = "interrupted, and saved as it stood" if stop.requested else "done"
     print(f"{why} after {result['steps']} steps ({time.time() - began:.0f} s): A {result['A_before']:.4f} -> {result['A_after']:.4f}, "
@@ -449,8 +500,10 @@ def parser():
         return f"(default: {pair[0]}; with --function-space {pair[1]})"
 
     p = ArgumentParser(prog="vdu.py", description=__doc__)
-    p.add_argument("--forget-class", nargs="+", required=True, metavar="CLASS", help="one or several classes to forget, by name")
-    p.add_argument("--checkpoint", default="checkpoints/mnist.pt", metavar="FILE", help="the trained model")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--forget-class", nargs="+", metavar="CLASS", help="one or several classes to forget, by name")
+    what.add_argument("--forget-images", metavar="DIR", help="forget what the images in this folder show: no class, label or dataset is needed")
+    p.add_argument("--checkpoint", default="checkpoints/mnist.pt", metavar="FILE", help="the trained model: of train_ddpm.py, or DDPM's published weights")
     p.add_argument("--output", metavar="FILE", help="the unlearned model (default: CHECKPOINT-forget-CLASS.pt)")
     p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     p.add_argument("--gamma", type=float, help=f"0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller forgets more {default(GAMMA)}")
@@ -461,14 +514,20 @@ def parser():
     p.add_argument("--t-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                    help="shares of T between which the plasticity term draws t: at high noise it is decided which class an image "
                         f"will be. 0 1 is the paper's choice, all of them {default(T_RANGE)}")
-    p.add_argument("--forget-samples", type=int, metavar="N", help="see only N images of each forgotten class (default: all)")
+    p.add_argument("--forget-samples", type=int, metavar="N", help="see only N images, of each class if by class (default: all)")
     p.add_argument("--posterior", nargs="+", metavar="FILE", help="estimate mu* and sigma* from these checkpoints, snapshots of one "
                                                                   "training, instead of the posterior in --checkpoint")
+    p.add_argument("--sigma", type=float, default=0.02, metavar="SHARE", help="where --checkpoint holds no posterior and no other is given, a guess, NOT "
+                                                                              "in the paper: sigma* as this share of each tensor's root mean square")
     p.add_argument("--isotropic", action="store_true", help="one sigma for all parameters, for comparison: what the posterior's shape is worth")
     g = p.add_argument_group("beyond the paper")
     g.add_argument("--function-space", type=float, default=0.0, metavar="WEIGHT",
                    help="also keep eps_theta as it was on images that the model itself generates; 2 works well, 0 is off")
-    g.add_argument("--anchors", type=int, default=2000, metavar="N", help="with --function-space: images to draw, of which the fifth most like D_f is dropped")
+    g.add_argument("--anchors", type=int, default=2000, metavar="N", help="with --function-space: images to draw, less those that look like D_f")
+    g.add_argument("--drop", type=float, metavar="SHARE", help="how many of them: those most like D_f (default: twice the share of the forgotten "
+                                                               "among the classes, 0.2 for --forget-images)")
+    g.add_argument("--self-train", type=int, default=0, metavar="N", help="measure sigma* over N steps of training on, on --anchors images that the model "
+                                                                          "itself generates, less those like D_f: for a model of which there is one checkpoint")
     g.add_argument("--bound", type=float, default=4.0, help="with --function-space: an image whose error is this many times the old one "
                                                             "counts as forgotten and stops pushing")
     g.add_argument("--stop-share", type=float, default=0.8, help="with --function-space: stop once this share of images is past the bound")
@@ -476,6 +535,20 @@ def parser():
     p.add_argument("--seed", type=seed_number, default=0, help="repeats a run on the same machine")
     p.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
     return p
+
+
+def arguments(forgotten, checkpoint, gamma, output, args):
+    """The command line that unlearns as `forgotten` says, the record that main leaves in a checkpoint, but with another gamma. For sweeps."""
+    line = ["--checkpoint", checkpoint, "--output", output, "--overwrite", "--gamma", f"{gamma:g}", "--device", args.device]
+    line += ["--forget-class", *forgotten["classes"]] if forgotten["classes"] else ["--forget-images", forgotten["images_from"]]
+    line += ["--data-root", args.data_root] if args.data_root else []
+    for name, value in forgotten["settings"].items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            line.append(flag)
+        elif name != "gamma" and value is not None and value is not False:
+            line += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return line
 
 
 if __name__ == "__main__":

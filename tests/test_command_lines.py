@@ -1,9 +1,12 @@
 """The three commands as people type them, in a temporary folder, without a network; and what bad input gets."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,16 +14,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.utils import save_image
 
 import ddpm
+import train_ddpm
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = {**os.environ, **{f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}}
 
 
-def command(script, *args, cwd, **kwargs):
+def process(script, *args, cwd, **kwargs):
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, env=NO_NETWORK, text=True,
                           capture_output=True, timeout=200, **kwargs)
+
+
+def command(script, *args, cwd):
+    """The same command line, read and run by the same file as __main__, without the seconds that a new process takes to import torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
+        for name in ("http_proxy", "https_proxy"):
+            patch.setenv(name, NO_NETWORK[name])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as e:
+            code = e.code or 0
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def refused(result, *words):
@@ -36,12 +57,12 @@ def refused(result, *words):
 def folder(tmp_path_factory):
     """A folder in which the three commands were typed, with small numbers of steps."""
     cwd = tmp_path_factory.mktemp("run")
-    r = command("train_ddpm.py", "--dataset", "mnist", "--steps", 40, "--batch-size", 32, cwd=cwd)
+    r = process("train_ddpm.py", "--dataset", "mnist", "--steps", 40, "--batch-size", 32, cwd=cwd)
     assert r.returncode == 0, r.stderr
     assert "5,000" in r.stdout and r.stdout.count("no network") == 1
-    r = command("vdu.py", "--forget-class", 1, "--steps", 3, "--batch-size", 8, cwd=cwd)
+    r = process("vdu.py", "--forget-class", 1, "--steps", 3, "--batch-size", 8, cwd=cwd)
     assert r.returncode == 0, r.stderr
-    r = command("evaluate.py", "--samples", 20, "--sampling-steps", 3, "--save-samples", "s.pt", cwd=cwd)
+    r = process("evaluate.py", "--samples", 20, "--sampling-steps", 3, "--save-samples", "s.pt", cwd=cwd)
     assert r.returncode == 0, r.stderr
     assert "PUL" in r.stdout
     return cwd
@@ -159,7 +180,8 @@ def test_other_networks_and_other_datasets(folder):
     torch.save(narrow, folder / "narrow.pt")
     refused(command("vdu.py", "--forget-class", 2, "--posterior", "narrow.pt", "narrow.pt", cwd=folder), "do not match")
     refused(command("vdu.py", "--forget-class", 2, "--posterior", "narrow.pt", cwd=folder), "two")
-    refused(command("vdu.py", "--forget-class", 2, "--checkpoint", "narrow.pt", cwd=folder), "--resume")
+    torch.save({**narrow, "train": {}}, folder / "unfinished.pt")
+    refused(command("vdu.py", "--forget-class", 2, "--checkpoint", "unfinished.pt", cwd=folder), "--resume")
     refused(command("vdu.py", "--forget-class", 2, "--checkpoint", "checkpoints/mnist-forget-1.pt", cwd=folder), "already forgotten")
 
 
@@ -167,7 +189,7 @@ def test_a_full_disk_leaves_the_old_file(folder):
     path = folder / "checkpoints/mnist-forget-1.pt"
     before = path.read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-    r = command("vdu.py", "--forget-class", 1, "--steps", 1, "--batch-size", 4, "--overwrite", cwd=folder, preexec_fn=limit)
+    r = process("vdu.py", "--forget-class", 1, "--steps", 1, "--batch-size", 4, "--overwrite", cwd=folder, preexec_fn=limit)
     refused(r, "untouched")
     assert path.read_bytes() == before
     assert not list((folder / "checkpoints").glob("*.tmp"))
@@ -188,7 +210,163 @@ def test_a_class_left_out_is_remembered(folder):
     assert r.returncode == 0, r.stderr
 
 
+def test_relearning_and_the_sweep(folder):
+    """On the first checkpoint: what comes back in how many steps, beside a model without the class; and PUL against u-FID."""
+    r = command("evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "--samples", 12, "--sampling-steps", 2, "--relearn", 4, "--relearn-images", 10,
+                "--never-saw", "without.pt", "--overwrite", cwd=folder)
+    assert r.returncode == 0, r.stderr
+    report = json.loads((folder / "results/mnist-forget-1/report.json").read_text())
+    relearning = report["relearning"]
+    assert relearning["steps"] == [0, 1, 2, 4] and relearning["images"] == 10
+    assert len(relearning["unlearned"]) == len(relearning["never saw it"]) == 4 and "never saw it" in r.stdout
+    refused(command("evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "--samples", 4, "--sampling-steps", 1, "--relearn", 1, "--never-saw",
+                    "checkpoints/mnist.pt", "--overwrite", cwd=folder), "without 1")
+    drawn = max(report["before"]["histogram"], key=lambda name: report["before"]["histogram"][name]["count"])  # so short a training may draw no 1
+    r = command("evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "--forget-class", drawn, "--sweep-gamma", 0.5, 1, "--samples", 40,
+                "--sampling-steps", 2, cwd=folder)
+    assert r.returncode == 0, r.stderr
+    assert "Pareto" in r.stdout and (folder / "results/mnist-forget-1/sweep.png").stat().st_size > 0
+    rows = json.loads((folder / "results/mnist-forget-1/sweep.json").read_text())["rows"]
+    assert rows[-1]["gamma"] == 1 and all(0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1 for row in rows)
+    swept = ddpm.load_checkpoint(folder / "results/mnist-forget-1/sweep/gamma-0.5.pt").forgotten["settings"]
+    assert swept["gamma"] == 0.5 and swept["steps"] == 3 and swept["batch_size"] == 8  # those of the checkpoint that it started from
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """A folder of two classes of colour images, trained on and unlearned from: red and blue, brighter and darker."""
+    cwd = tmp_path_factory.mktemp("colours")
+    torch.manual_seed(0)
+    for part, n in (("train", 40), ("test", 10)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (cwd / "images" / part / name).mkdir(parents=True)
+            for i in range(n):
+                image = 0.1 * torch.rand(3, 20, 24)
+                image[channel] += 0.3 + 0.6 * torch.rand(1)
+                save_image(image, cwd / "images" / part / name / f"{i}.png")
+    (cwd / "empty").mkdir()
+    (cwd / "reds").symlink_to(cwd / "images" / "train" / "red")
+    r = command("train_ddpm.py", "--dataset", "folder", "--data-root", "images", "--image-size", 8, "--steps", 44, "--batch-size", 8, cwd=cwd)
+    assert r.returncode == 0, r.stderr
+    assert "small U-Net" in r.stdout and "the training takes" in r.stdout + r.stderr
+    return cwd
+
+
+def test_a_folder_of_images_from_training_to_the_report(colours):
+    trained = ddpm.load_checkpoint(colours / "checkpoints/images.pt")
+    assert trained.config["image_shape"] == (3, 8, 8) and trained.data["classes"] == ["blue", "red"] and trained.data["images"] == 80
+    for option in (["--forget-class", "red"], ["--forget-images", "reds"]):
+        r = command("vdu.py", "--checkpoint", "checkpoints/images.pt", *option, "--steps", 1, "--batch-size", 8, cwd=colours)
+        assert r.returncode == 0, r.stderr
+    by_class, by_images = (ddpm.load_checkpoint(colours / f"checkpoints/images-forget-{name}.pt").forgotten for name in ("red", "reds"))
+    assert by_class["classes"] == ["red"] and by_images["classes"] == [] and by_class["images"] == by_images["images"] == 40
+    refused(command("vdu.py", "--checkpoint", "checkpoints/images.pt", "--forget-class", "green", cwd=colours), "green", "blue, red")
+    refused(command("vdu.py", "--checkpoint", "checkpoints/images.pt", "--forget-images", "empty", cwd=colours), "no images")
+    evaluation = ["evaluate.py", "--after", "checkpoints/images-forget-reds.pt", "--samples", 8, "--sampling-steps", 2]
+    refused(command(*evaluation, cwd=colours), "--forget-class")
+    r = command(*evaluation, "--forget-class", "red", "--features", "classifier", cwd=colours)
+    assert r.returncode == 0, r.stderr
+    report = json.loads((colours / "results/images-forget-reds/report.json").read_text())
+    assert report["forgotten"] == ["red"] and report["u_fid_real_images"] == 40 and report["u_fid_features"].startswith("classifier")
+    assert report["classifier_accuracy"] == 1.0
+
+
+def test_forgetting_reads_no_other_class(colours):
+    """The folder's other classes may be gone, as they are where this method is needed."""
+    (colours / "images/train/blue").rename(colours / "kept")
+    (colours / "images/train/blue").mkdir()
+    for image in (colours / "kept").iterdir():
+        (colours / "images/train/blue" / image.name).write_bytes(b"not an image")
+    try:
+        r = command("vdu.py", "--checkpoint", "checkpoints/images.pt", "--forget-class", "red", "--steps", 1, "--batch-size", 4, "--output", "r.pt", cwd=colours)
+        assert r.returncode == 0, r.stderr
+        refused(command("train_ddpm.py", "--dataset", "folder", "--data-root", "images", "--output", "x.pt", cwd=colours), "cannot read the image")
+    finally:
+        for image in (colours / "images/train/blue").iterdir():
+            image.unlink()
+        (colours / "images/train/blue").rmdir()
+        (colours / "kept").rename(colours / "images/train/blue")
+
+
+def test_a_model_that_others_trained(colours):
+    """Published weights, of which there is one file: the posterior is guessed, or measured while training on."""
+    torch.save(torch.load(ROOT / "tests/data/ddpm_reference.pt", weights_only=True)["original"]["state_dict"], colours / "model-790000.ckpt")
+    for i, option in enumerate((["--function-space", 1], ["--self-train", 6], ["--posterior", "model-790000.ckpt", "model-0.pt"])):
+        r = command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-images", "reds", "--forget-samples", 6, "--steps", 1, "--batch-size", 2,
+                    "--anchors", 10, *option, "--output", f"model-{i}.pt", cwd=colours)
+        assert r.returncode == 0, r.stderr
+        assert ("guessed" in r.stdout) == (i == 0)
+        assert ddpm.load_checkpoint(colours / f"model-{i}.pt").forgotten["images"] == 6
+    assert ddpm.load_checkpoint(colours / "model-1.pt").posterior.n >= 2
+    refused(command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-class", "horse", cwd=colours), "CIFAR-10 cannot be downloaded", "--data-root")
+    refused(command("evaluate.py", "--after", "model-0.pt", "--forget-class", "horse", cwd=colours), "CIFAR-10 cannot be downloaded")
+
+
+def test_data_that_is_not_there(colours):
+    for name, word in (("cifar10", "cifar-10-batches-py"), ("tiny-imagenet", "tiny-imagenet-200")):
+        refused(command("train_ddpm.py", "--dataset", name, "--output", "x.pt", cwd=colours), "cannot be downloaded", word, "--data-root")
+        refused(command("train_ddpm.py", "--dataset", name, "--data-root", "images", "--output", "x.pt", cwd=colours), "images", word)
+    refused(command("train_ddpm.py", "--dataset", "folder", "--output", "x.pt", cwd=colours), "--data-root")
+    refused(command("train_ddpm.py", "--dataset", "folder", "--data-root", "empty", "--output", "x.pt", cwd=colours), "sub-folder")
+
+
+def test_cifar10_and_tiny_imagenet_in_their_published_layouts(tmp_path):
+    """Written here as they are published, a few images of each; read, and CIFAR-10 trained on from the command line."""
+    torch.manual_seed(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    pixels = torch.randint(256, (20, 3072), dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:  # the checksums are those of the real files
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+        for file in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+            (folder / file).write_bytes(pickle.dumps({"data": pixels.numpy(), "labels": [i % 10 for i in range(20)]}))
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+        images, labels, data = train_ddpm.load_dataset("cifar10", tmp_path)
+        assert images.shape == (100, 3, 32, 32) and data["classes"] == names == ddpm.CIFAR10_CLASSES
+        assert torch.equal(images[1], pixels[1].view(3, 32, 32)) and labels[:11].tolist() == [*range(10), 0]
+        assert train_ddpm.load_dataset("cifar10", tmp_path, train=False)[0].shape == (20, 3, 32, 32)
+        r = command("train_ddpm.py", "--dataset", "cifar10", "--data-root", tmp_path, "--steps", 1, "--batch-size", 2, cwd=tmp_path)
+        assert r.returncode == 0, r.stderr
+        r = command("vdu.py", "--checkpoint", "checkpoints/cifar10.pt", "--forget-class", "horse", "--steps", 1, "--batch-size", 2, cwd=tmp_path)
+        assert r.returncode == 0, r.stderr
+
+    folder = tmp_path / "tiny-imagenet-200"
+    (folder / "val" / "images").mkdir(parents=True)
+    words = {"n01443537": "goldfish, Carassius auratus", "n01629819": "European fire salamander, Salamandra salamandra", "n02124075": "Egyptian cat"}
+    (folder / "wnids.txt").write_text("\n".join(reversed(words)) + "\n")
+    (folder / "words.txt").write_text("".join(f"{wnid}\t{text}\n" for wnid, text in {**words, "n00001740": "entity"}.items()))
+    rows = []
+    for i, wnid in enumerate(words):
+        (folder / "train" / wnid / "images").mkdir(parents=True)
+        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t10\t63\t58\n")
+        for j in range(2):
+            save_image(torch.full((3, 64, 64), (i + 1) / 4), folder / "train" / wnid / "images" / f"{wnid}_{j}.JPEG")
+        save_image(torch.full((3, 64, 64), (i + 1) / 4), folder / "val" / "images" / f"val_{2 - i}.JPEG")
+        rows.append(f"val_{2 - i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(rows))
+    images, labels, data = train_ddpm.load_dataset("tiny-imagenet", tmp_path)
+    assert images.shape == (6, 3, 64, 64) and labels.tolist() == [0, 0, 1, 1, 2, 2] and data["classes"] == sorted(words)
+    val_images, val_labels, _ = train_ddpm.load_dataset("tiny-imagenet", tmp_path, train=False)
+    for image, label in zip(val_images, val_labels):  # the annotations, not the files' order, say which class each is
+        assert abs(image.float().mean() / 255 - (label + 1) / 4) < 0.02
+    only, only_labels, _ = train_ddpm.load_dataset("tiny-imagenet", tmp_path, only=[1])
+    assert torch.equal(only, images[2:4]) and only_labels.tolist() == [1, 1]
+    for name in ("goldfish", "n01443537", "Carassius auratus"):
+        assert train_ddpm.class_indices([name], data) == [0]
+    with pytest.raises(ddpm.UserError, match="goldfish"):
+        train_ddpm.class_indices(["shark"], data)
+
+
+def test_the_base_network_is_ddpms():
+    """35.7M parameters, as the published CIFAR-10 network has; and the size of `small` is that of the figures in README."""
+    with torch.device("meta"):
+        base = ddpm.UNet(**train_ddpm.network("base", (3, 32, 32))[0])
+    assert sum(p.numel() for p in base.parameters()) == 35_746_307
+    assert base.input_blocks[4][1].num_heads == 1 and base.input_blocks[4][0].out_layers[2].p == 0.1  # attention at 16x16
+
+
 def test_help_teaches():
     for script in ("train_ddpm.py", "vdu.py", "evaluate.py"):
-        r = command(script, "--help", cwd=ROOT)
+        r = process(script, "--help", cwd=ROOT)
         assert r.returncode == 0 and f"python {script}" in r.stdout and "arXiv 2510.04058" in r.stdout

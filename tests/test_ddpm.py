@@ -1,13 +1,18 @@
 """The diffusion's mathematics: schedules, q, the bound, the samplers. Closed forms and numerical integration."""
 
+import gzip
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import ddpm
 from ddpm import SCHEDULES, Diffusion, ImageNoise, UserError, discretized_gaussian_log_likelihood, stratified_timesteps
 from unet import UNet, timestep_embedding
+
+DATA = Path(__file__).parent / "data"
 
 
 class GaussianOracle:
@@ -203,3 +208,54 @@ def test_timestep_embedding_is_ddpms():
     w = 10_000 ** (-1 / 4)
     assert emb[1, 1].item() == pytest.approx(math.cos(7 * w), abs=1e-6)
     assert emb[1, 5].item() == pytest.approx(math.sin(7 * w), abs=1e-6)
+
+
+# --- weights that others published ------------------------------------------------------------------------------
+
+PUBLISHED = torch.load(DATA / "ddpm_reference.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_published_networks_give_the_originals_outputs(layout, tmp_path):
+    reference = PUBLISHED[layout]
+    torch.save(reference["state_dict"], tmp_path / "weights.bin")
+    checkpoint = ddpm.load_checkpoint(tmp_path / "weights.bin")
+    with torch.no_grad():
+        output = checkpoint.unet(reference["x"], reference["timesteps"])
+    assert (output - reference["output"]).abs().max() < 1e-4
+    # each of the settings that sets these networks apart is needed for it
+    for name, value in {"norm_eps": 1e-5, "sin_first": False, "pad_end": False}.items():
+        unet, _ = ddpm.build({**checkpoint.config, "unet": {**checkpoint.config["unet"], name: value}})
+        unet.load_state_dict(checkpoint.unet.state_dict())
+        with torch.no_grad():
+            assert (unet.eval()(reference["x"], reference["timesteps"]) - reference["output"]).abs().max() > 1e-4, name
+
+
+def test_the_newer_spelling_of_attention_is_the_same_network(tmp_path):
+    old = PUBLISHED["diffusers"]["state_dict"]
+    spelling = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    new = {}
+    for k, v in old.items():
+        for a, b in spelling.items():
+            k = k.replace(a, b)
+        new[k] = v
+    assert set(new) != set(old)
+    a, b = ddpm.from_published(old, "old"), ddpm.from_published(new, "new")
+    assert a["weights"].keys() == b["weights"].keys() and all(torch.equal(v, b["weights"][k]) for k, v in a["weights"].items())
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_every_tensor_of_the_published_cifar10_networks_has_its_place(layout):
+    with gzip.open(DATA / "ddpm_cifar10_state_dicts.tsv.gz", "rt") as f:
+        rows = [line.rstrip("\n").split("\t") for line in f]
+    tensors = {k: torch.empty([int(n) for n in shape.split(",")], device="meta") for l, k, shape in rows if l == layout}
+    assert len(tensors) == 328
+    raw = ddpm.from_published(tensors, "cifar")
+    assert sum(v.numel() for v in raw["weights"].values()) == 35_746_307
+    assert raw["config"]["image_shape"] == (3, 32, 32) and raw["data"]["name"] == "cifar10" and raw["config"]["unet"]["attention_resolutions"] == [2]
+    some = sorted(tensors)[100]
+    lacking = {k: v for k, v in tensors.items() if k != some}
+    with pytest.raises(ddpm.UserError, match=f"lacks: {some}"):
+        ddpm.from_published(lacking, "cifar")
+    with pytest.raises(ddpm.UserError, match="no use: logits.weight"):
+        ddpm.from_published({**tensors, "logits.weight": torch.empty(1, device="meta")}, "cifar")

@@ -9,7 +9,8 @@ from torchvision.models import inception_v3
 
 import evaluate
 from ddpm import UserError
-from evaluate import frechet_distance, inception_features, percentage_of_unlearning, wilson_interval
+from evaluate import (frechet_distance, inception_features, jitter, pareto, percentage_of_unlearning, plot, precision_and_recall,
+                      wilson_interval)
 
 
 def whitened(n, d, seed):
@@ -92,3 +93,54 @@ def test_inception_without_a_network_says_where_to_get_it(monkeypatch):
     monkeypatch.setattr(evaluate, "inception_v3", fails)
     with pytest.raises(UserError, match="inception_v3_google.*pth"):
         evaluate.load_inception("cpu")
+
+
+def test_precision_and_recall_by_hand():
+    """On a line, k = 1: each point's ball reaches to its nearest neighbour."""
+    real = torch.tensor([[0.0], [1.0], [10.0], [12.0]])  # balls: [-1, 1], [0, 2], [8, 12], [10, 14]
+    generated = torch.tensor([[0.5], [0.75], [9.0], [30.0]])  # balls: [0.25, 0.75], [0.5, 1], [0.75, 17.25], [9, 51]
+    assert precision_and_recall(real, generated, k=1) == (3 / 4, 3 / 4)  # 30 is off the real manifold; 0 off the generated one
+
+
+def test_precision_is_quality_and_recall_variety():
+    torch.manual_seed(0)
+    real = torch.cat([torch.randn(300, 4), torch.randn(300, 4) + 20])  # two modes
+    same = torch.cat([torch.randn(300, 4), torch.randn(300, 4) + 20])
+    one_mode, noise = torch.randn(600, 4), 50 * torch.randn(600, 4)
+    p, r = precision_and_recall(real, same)
+    assert p > 0.8 and r > 0.8
+    p, r = precision_and_recall(real, one_mode)
+    assert p > 0.8 and 0.4 < r <= 0.5  # all good, and half of it missing
+    assert precision_and_recall(real, noise)[0] < 0.05
+    assert precision_and_recall(real, real) == (1, 1)
+    p, r = precision_and_recall(real, same)
+    assert precision_and_recall(same, real) == (r, p)  # the one is the other with the sets exchanged
+
+
+def test_pareto_points():
+    assert pareto([(50, 1.0), (90, 2.0), (80, 3.0), (95, 2.5), (40, 1.5)]) == [0, 1, 3]
+    assert pareto([(50, 1.0), (50, 1.0), (50, 2.0)]) == [0, 1]  # equals do not beat each other
+    assert pareto([(10, 5.0)]) == [0]
+
+
+def test_plot_puts_more_unlearning_to_the_right_and_larger_u_fid_higher():
+    row = lambda pul, ratio: {"gamma": 0.5, "PUL": pul, "u_fid_ratio": ratio, "pareto": True}
+    blue = torch.tensor([0, 0, 255])[:, None, None]
+    where = lambda rows: (plot(rows) == blue).all(0).nonzero().float().mean(0)  # (row, column) of the blue points
+    y, x = where([row(20, 1.0), row(100, 3.0)])  # both, and the line between
+    y_left, x_left = where([row(20, 3.0)])
+    y_right, x_right = where([row(90, 3.0)])
+    assert x_left < x < x_right and y_left == y_right
+    assert where([row(20, 1.0)])[1] == x_left
+
+
+def test_jitter_keeps_size_and_content():
+    torch.manual_seed(0)
+    x = torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).float()
+    y = jitter(x, pad=0)
+    assert all(torch.equal(b, a) or torch.equal(b, a.flip(2)) for a, b in zip(x, y))
+    y = jitter(x)
+    assert y.shape == x.shape and not torch.equal(y, x)
+    for a, b in zip(x, y):  # a shift by at most 4, mirrored or not, of what was there
+        padded = torch.nn.functional.pad(torch.stack([a, a.flip(2)]), (4,) * 4, mode="reflect")
+        assert any(torch.equal(p[:, dy : dy + 16, dx : dx + 16], b) for p in padded for dy in range(9) for dx in range(9))
