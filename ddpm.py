@@ -227,6 +227,19 @@ class Diffusion(nn.Module):
         return out
 
 
+def training_step(unet, diffusion, optimizer, x0):
+    """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W). Returns the loss; where that is no number, no step was taken."""
+    t = stratified_timesteps(len(x0), 0, diffusion.T, x0.device)  # (B,)
+    loss = diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean()  # DDPM eq. 14
+    value = loss.item()
+    if math.isfinite(value):
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return value
+
+
 class ImageNoise:
     """Unit Gaussian noise, a stream an image: stream i depends on (seed, i) alone, on every device."""
 

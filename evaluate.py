@@ -3,8 +3,10 @@
     python evaluate.py
     python evaluate.py --relearn 200
     python evaluate.py --sweep-gamma 0.5 0.6 0.7
+    python evaluate.py --profile
 
-Holds    the classifier that counts, PUL, u-FID, precision and recall, the report; relearning, and the sweep over gamma.
+Holds    the classifier that counts, PUL, u-FID, precision and recall, the report; relearning, the sweep over
+         gamma, and the table of speeds.
 Reads    an unlearned checkpoint and its parent (the newest unlearned one and the one it came from, unless told), and
          the dataset they were trained on. Retained images are needed here, to measure; vdu.py never sees them.
 Writes   results/NAME/report.json, before.png, after.png (and sweep.json, sweep.png); and once a dataset, the classifier,
@@ -26,8 +28,8 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, save_image
 from tqdm import tqdm
 
 import vdu
-from ddpm import (ArgumentParser, UserError, autocast, check_output, first_line, load_checkpoint, pick_device, read_file, run_command_line,
-                  save_checkpoint, seed_number, stratified_timesteps)
+from ddpm import (ArgumentParser, UserError, autocast, check_output, count, first_line, load_checkpoint, pick_device, read_file, run_command_line,
+                  save_checkpoint, seed_number, training_step)
 from train_ddpm import MNIST_5K, class_indices, load_data_of, title_of, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,6 +262,9 @@ def parent_of(after, after_path):
 
 def evaluate(args):
     """Run the command line's evaluation: one report for each of args.after. Raises UserError for what the user can put right."""
+    device = pick_device(args.device)
+    if args.profile:
+        return profile(args.before or "checkpoints/mnist.pt", device)
     if args.samples < 2 or args.sampling_steps < 1:
         raise UserError("need --samples of at least 2 and --sampling-steps of at least 1")
     paths = args.after or [newest_unlearned("checkpoints")]
@@ -273,7 +278,6 @@ def evaluate(args):
     outputs = [Path(args.output or f"results/{Path(path).stem}") for path in paths]
     for output in outputs:
         check_output(output / ("sweep.json" if args.sweep_gamma else "report.json"), args.overwrite)
-    device = pick_device(args.device)
     if args.sweep_gamma:
         return sweep(paths[0], outputs[0], args, device)
 
@@ -297,7 +301,7 @@ def names_to_count(before, after, args):
         raise UserError(f"{before.path} was trained on {before.dataset}, {after.path} on {after.dataset}: compare models of one dataset")
     classes = after.data["classes"]
     if not classes:
-        raise UserError(f"nothing is known of the classes that {before.path} was trained on, so nothing can be counted: compare samples by eye")
+        raise UserError(f"nothing is known of the classes that {before.path} was trained on, so that none can be counted: compare samples by eye")
     if args.forget_class:
         return [classes[i] for i in class_indices(args.forget_class, after.data)]
     names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
@@ -357,10 +361,11 @@ def compare(before, after, output, args, device):
     retained = ~torch.isin(before.labels, torch.tensor(forgotten))  # u-FID: the retained classes only
     results = {name: describe(x, before, forgotten, retained, device) for name, x in samples.items()}
 
-    pul = percentage_of_unlearning(results["before"]["forgotten_count"], results["after"]["forgotten_count"])
+    known = lambda pul: None if math.isnan(pul) else pul
     report = {
         "forgotten": names,
-        "PUL": None if math.isnan(pul) else pul,
+        "PUL": known(percentage_of_unlearning(*(results[name]["forgotten_count"] for name in samples))),
+        "PUL_by_class": {c: known(percentage_of_unlearning(*(results[name]["histogram"][c]["count"] for name in samples))) for c in names},
         "before": {"checkpoint": parent.path, **results["before"]},
         "after": {"checkpoint": after.path, **results["after"]},
         "u_fid_ratio": results["after"]["u_fid"] / results["before"]["u_fid"],
@@ -404,8 +409,9 @@ def table(report):
     features = report["u_fid_features"].split(" ")[0].strip(":")
     lines.append(f"{f'u-FID ({features})':24}{b['u_fid']:20.2f}{a['u_fid']:20.2f}   x {report['u_fid_ratio']:.2f}")
     lines.append(f"{'precision, recall':24}{b['precision']:13.3f}, {b['recall']:.3f}{a['precision']:13.3f}, {a['recall']:.3f}")
-    pul = "undefined: no sample of the class before" if report["PUL"] is None else f"{report['PUL']:.1f}%"
-    lines.append(f"PUL of {', '.join(report['forgotten'])}: {pul}")
+    shown = lambda pul: "undefined, no sample before" if pul is None else f"{pul:.1f}%"
+    each = "" if len(report["forgotten"]) == 1 else " (" + ", ".join(f"{c}: {shown(pul)}" for c, pul in report["PUL_by_class"].items()) + ")"
+    lines.append(f"PUL of {', '.join(report['forgotten'])}: {shown(report['PUL'])}{each}")
     lines.append(f"{report['samples']} samples each, {report['sampling_steps']} DDIM steps, eta {report['eta']:g}, seed {report['seed']}; "
                  f"classifier accuracy {100 * report['classifier_accuracy']:.2f}%")
     if "relearning" in report:
@@ -460,12 +466,7 @@ def counts_while_training(model, before, x, marks, forgotten, samples, args):
             drawn = diffusion.sample(unet, samples, tuple(x.shape[1:]), steps=args.sampling_steps, eta=args.eta, seed=args.seed)
             predicted = features_and_probabilities(before.classifier, to_uint8(drawn), before.device)[1].argmax(1)
             counts.append(int(torch.isin(predicted, torch.tensor(forgotten)).sum()))
-        x0 = x[torch.randint(len(x), (64,)).to(x.device)]
-        t = stratified_timesteps(64, 0, diffusion.T, x.device)
-        diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean().backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        training_step(unet, diffusion, optimizer, x[torch.randint(len(x), (64,)).to(x.device)])
     return counts
 
 
@@ -540,6 +541,61 @@ def plot(rows, size=(480, 640), margin=64):
     return draw_bounding_boxes(image, boxes, labels=text, colors="white", label_colors="black")
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# How fast is it, and where does the time go?
+
+
+def plain_sampling(unet, diffusion, n, shape, steps):
+    """DDIM with eta 1 as one would first write it: float32, and noise wherever a step asks for it. What Diffusion.sample is timed against."""
+    x = torch.randn(n, *shape, device=diffusion.alpha_bar.device)
+    grid = torch.linspace(diffusion.T - 1, 0, steps).round().long().tolist()
+    for t, t_prev in zip(grid, [*grid[1:], -1]):
+        with torch.no_grad():
+            eps = unet(x, torch.full((n,), t, device=x.device))
+        abar = diffusion.alpha_bar[t]
+        abar_prev = diffusion.alpha_bar[t_prev] if t_prev >= 0 else torch.ones_like(abar)
+        x0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)
+        eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+        sigma = ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
+        x = abar_prev.sqrt() * x0 + (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps + sigma * torch.randn_like(x)
+    return x
+
+
+def profile(path, device, rounds=3):
+    """Print what `path`'s network does a second, in training, unlearning and sampling, and the share of the time that convolutions take."""
+    checkpoint = load_checkpoint(path, device)
+    unet, diffusion, shape = checkpoint.unet, checkpoint.diffusion, tuple(checkpoint.config["image_shape"])
+    posterior = checkpoint.posterior or vdu.GaussianPosterior.from_one_checkpoint(unet.named_parameters())
+    x0 = torch.rand(64, *shape, device=device) * 2 - 1
+    optimizer = torch.optim.AdamW(unet.parameters(), 0.0, fused=device.type != "mps")
+    jobs = {  # name: (images in a call, steps in a call, the call); of sampling's 25 steps an image five are timed
+        "training, batches of 64": (64, 1, lambda: training_step(unet, diffusion, optimizer, x0)),
+        "unlearning, batches of 64": (128, 2, lambda: vdu.unlearn(unet, diffusion, posterior, x0, 0.63, 1e-9, 2, 64)),
+        "sampling, 25 DDIM steps": (64 / 5, 5, lambda: diffusion.sample(unet, 64, shape, steps=5, eta=1.0)),
+        "the same, plain float32": (64 / 5, 5, lambda: plain_sampling(unet, diffusion, 64, shape, 5)),
+    }
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    print(f"{path}: {count(sum(p.numel() for p in unet.parameters()))} parameters, images of {'x'.join(map(str, shape))}, {device}, "
+          f"{torch.get_num_threads()} threads")
+    print(f"{'':28}{'steps/s':>10}{'images/s':>10}{'convolutions':>14}")
+    for name, (images, steps, call) in jobs.items():
+        call()  # the first is slower
+        wait()
+        times = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            call()
+            wait()
+            times.append(time.perf_counter() - began)
+        seconds = sorted(times)[rounds // 2]
+        with torch.profiler.profile(activities=activities) as recorded:
+            call()
+        spent = {e.key: e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total for e in recorded.key_averages()}
+        share = sum(v for k, v in spent.items() if "conv" in k) / sum(spent.values())
+        print(f"{name:28}{steps / seconds:10.2f}{images / seconds:10.1f}{100 * share:13.0f}%")
+
+
 def parser():
     p = ArgumentParser(prog="evaluate.py", description=__doc__)
     p.add_argument("--after", nargs="+", metavar="FILE", help="the unlearned checkpoint, or several (default: the newest in checkpoints/)")
@@ -554,13 +610,15 @@ def parser():
     p.add_argument("--features", choices=("auto", "inception", "classifier"), default="auto",
                    help="what u-FID, precision and recall compare: Inception v3's features for colour images where its weights can be had, else those "
                         "of the classifier; figures from the two cannot be compared")
-    p.add_argument("--relearn", type=int, default=0, metavar="N", help="then train the unlearned model for N steps on images of the forgotten class, and "
-                                                                       "count how fast it comes back (0: do not)")
+    p.add_argument("--relearn", type=int, default=0, metavar="N",
+                   help="then train the unlearned model for N steps on images of the forgotten class, and count how fast it comes back (0: do not)")
     p.add_argument("--relearn-images", type=int, default=100, metavar="K", help="with --relearn: on so many images")
     p.add_argument("--relearn-lr", type=float, default=2e-4, help="with --relearn: AdamW's learning rate")
-    p.add_argument("--never-saw", metavar="FILE", help="with --relearn: a model trained with --exclude-class, to compare with (default: PARENT-without-CLASS.pt)")
-    p.add_argument("--sweep-gamma", type=float, nargs="+", metavar="GAMMA", help="unlearn again with each of these, the other settings as in --after, and "
-                                                                                 "draw PUL against u-FID in results/NAME/sweep.png")
+    p.add_argument("--never-saw", metavar="FILE",
+                   help="with --relearn: a model trained with --exclude-class, to compare with (default: PARENT-without-CLASS.pt)")
+    p.add_argument("--sweep-gamma", type=float, nargs="+", metavar="GAMMA",
+                   help="unlearn again with each of these, the other settings as in --after, and draw PUL against u-FID in results/NAME/sweep.png")
+    p.add_argument("--profile", action="store_true", help="print what --before's network does a second, and stop (default: checkpoints/mnist.pt)")
     p.add_argument("--save-samples", metavar="FILE.pt", help="keep the samples: {'before', 'after'}, each (N, C, H, W) uint8")
     p.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: where the model was trained)")
     p.add_argument("--seed", type=seed_number, default=0, help="the noise of the samples, the same for both models")

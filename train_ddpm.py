@@ -34,8 +34,8 @@ from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, StopRequest, UserError, build, count, first_line, pick_device, read_file,
-                  run_command_line, save_checkpoint, seed_everything, seed_number, stratified_timesteps)
+from ddpm import (ArgumentParser, StopRequest, UserError, build, count, first_line, peak_memory, pick_device, read_file,
+                  run_command_line, save_checkpoint, seed_everything, seed_number, training_step)
 from vdu import RunningPosterior
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -415,16 +415,10 @@ def train(args):
             x0 = to_float(images[index].to(device))  # (B, C, H, W)
             if args.flip:
                 x0 = torch.where(torch.rand(batch_size, 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
-            t = stratified_timesteps(batch_size, 0, diffusion.T, device)  # (B,)
-            loss = diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean()  # DDPM eq. 14
-            value = loss.item()
+            value = training_step(unet, diffusion, optimizer, x0)
             if not np.isfinite(value):
                 kept = f"{output} still holds step {last_save}; " if os.path.exists(output) and last_save else ""
                 raise UserError(f"the loss became {value} at step {step}; {kept}try a smaller --lr than {args.lr:g}")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
             ema.update_parameters(unet)
             if step >= posterior_start(args) and (step % args.posterior_every == 0 or step == args.steps - 1):
                 running.update(unet.named_parameters())
@@ -437,7 +431,7 @@ def train(args):
                 warm = time.time()
             if step == start + 40:
                 left = (args.steps - step) * (time.time() - warm) / 20
-                bar.write(f"at this speed the training takes {left / 60:.0f} minutes" if left < 5400 else f"at this speed the training takes {left / 3600:.1f} hours")
+                bar.write("at this speed the training takes " + (f"{left / 60:.0f} minutes" if left < 5400 else f"{left / 3600:.1f} hours"))
             bar.set_postfix(loss=f"{average:.4f}", step=step + 1, posterior=running.n, refresh=False)
             if args.sample_every and (step + 1) % args.sample_every == 0:
                 draw(Path(output).with_suffix(f".{step + 1}.png"))
@@ -448,9 +442,10 @@ def train(args):
                 bar.close()
                 print(f"interrupted: saved step {step + 1} of {args.steps} in {output}; continue with --resume")
                 raise KeyboardInterrupt
+    print(f"wrote {output} (loss {average:.4f}, {time.time() - began:.0f} s, peak memory {peak_memory(device)})")
     grid = Path(output).with_suffix(".png")
     draw(grid)
-    print(f"wrote {output} (loss {average:.4f}, {time.time() - began:.0f} s) and {grid}, a grid of samples")
+    print(f"wrote {grid}, a grid of samples")
 
 
 SETTINGS = ("dataset", "model", "image_size", "steps", "batch_size", "lr", "ema", "schedule", "timesteps", "velocity", "flip",

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, StopRequest, UserError, autocast, check_output, load_checkpoint, pick_device,
-                  run_command_line, save_checkpoint, seed_everything, seed_number, stratified_timesteps)
+from ddpm import (ArgumentParser, StopRequest, UserError, autocast, check_output, load_checkpoint, peak_memory, pick_device,
+                  run_command_line, save_checkpoint, seed_everything, seed_number, stratified_timesteps, training_step)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The posterior p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2)
@@ -80,12 +80,7 @@ class GaussianPosterior:
         optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
         running = RunningPosterior(unet.named_parameters())
         for step in tqdm(range(steps), desc="training on, for sigma*", unit="step", dynamic_ncols=True, disable=not progress):
-            x0 = images[torch.randint(len(images), (batch_size,)).to(images.device)]
-            t = stratified_timesteps(batch_size, 0, diffusion.T, x0.device)
-            diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean().backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            training_step(unet, diffusion, optimizer, images[torch.randint(len(images), (batch_size,)).to(images.device)])
             if step >= steps // 2 and (step % every == 0 or step >= steps - 2):
                 running.update(unet.named_parameters())
         unet.load_state_dict(theta_star)
@@ -482,7 +477,8 @@ def main(args):
     })
     why = "interrupted, and saved as it stood" if stop.requested else "done"
     print(f"{why} after {result['steps']} steps ({time.time() - began:.0f} s): A {result['A_before']:.4f} -> {result['A_after']:.4f}, "
-          f"theta moved {result['moved_rms_sigma']:.4f} sigma (rms over parameters)\nwrote {output}; see what came of it: python evaluate.py")
+          f"theta moved {result['moved_rms_sigma']:.4f} sigma (rms over parameters); peak memory {peak_memory(device)}\n"
+          f"wrote {output}; see what came of it: python evaluate.py")
     if stop.requested:
         raise KeyboardInterrupt
 
@@ -517,8 +513,9 @@ def parser():
     p.add_argument("--forget-samples", type=int, metavar="N", help="see only N images, of each class if by class (default: all)")
     p.add_argument("--posterior", nargs="+", metavar="FILE", help="estimate mu* and sigma* from these checkpoints, snapshots of one "
                                                                   "training, instead of the posterior in --checkpoint")
-    p.add_argument("--sigma", type=float, default=0.02, metavar="SHARE", help="where --checkpoint holds no posterior and no other is given, a guess, NOT "
-                                                                              "in the paper: sigma* as this share of each tensor's root mean square")
+    p.add_argument("--sigma", type=float, default=0.02, metavar="SHARE",
+                   help="where --checkpoint holds no posterior and no other is given, a guess, NOT in the paper: sigma* as this share of each "
+                        "tensor's root mean square")
     p.add_argument("--isotropic", action="store_true", help="one sigma for all parameters, for comparison: what the posterior's shape is worth")
     g = p.add_argument_group("beyond the paper")
     g.add_argument("--function-space", type=float, default=0.0, metavar="WEIGHT",
@@ -526,8 +523,9 @@ def parser():
     g.add_argument("--anchors", type=int, default=2000, metavar="N", help="with --function-space: images to draw, less those that look like D_f")
     g.add_argument("--drop", type=float, metavar="SHARE", help="how many of them: those most like D_f (default: twice the share of the forgotten "
                                                                "among the classes, 0.2 for --forget-images)")
-    g.add_argument("--self-train", type=int, default=0, metavar="N", help="measure sigma* over N steps of training on, on --anchors images that the model "
-                                                                          "itself generates, less those like D_f: for a model of which there is one checkpoint")
+    g.add_argument("--self-train", type=int, default=0, metavar="N",
+                   help="measure sigma* over N steps of training on, on --anchors images that the model itself generates, less those like D_f: for a "
+                        "model of which there is one checkpoint")
     g.add_argument("--bound", type=float, default=4.0, help="with --function-space: an image whose error is this many times the old one "
                                                             "counts as forgotten and stops pushing")
     g.add_argument("--stop-share", type=float, default=0.8, help="with --function-space: stop once this share of images is past the bound")

@@ -358,6 +358,15 @@ def test_cifar10_and_tiny_imagenet_in_their_published_layouts(tmp_path):
         train_ddpm.class_indices(["shark"], data)
 
 
+def test_the_profile_measures_all_four(colours):
+    r = command("evaluate.py", "--profile", "--before", "checkpoints/images.pt", cwd=colours)
+    assert r.returncode == 0, r.stderr
+    rows = [line.split()[-3:] for line in r.stdout.splitlines() if line.rstrip().endswith("%")]
+    assert len(rows) == 4
+    for steps, images, share in rows:
+        assert float(steps) > 0 and float(images) > 0 and 0 < int(share.rstrip("%")) < 100
+
+
 def test_the_base_network_is_ddpms():
     """35.7M parameters, as the published CIFAR-10 network has; and the size of `small` is that of the figures in README."""
     with torch.device("meta"):

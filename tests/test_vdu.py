@@ -245,3 +245,16 @@ def test_posterior_of_another_network_is_refused(toy):
     d, unet, posterior = toy
     with pytest.raises(UserError, match="do not match"):
         unlearn(UNet(model_channels=32, channel_mult=(1,), num_heads=1), d, posterior, toy_images(8, 1), gamma=0.5, lr=0.1, steps=1)
+
+
+def test_continued_training_measures_spread_and_keeps_the_mean():
+    """mu* stays theta*, the network is as it was, and a parameter that the loss does not feel has no spread."""
+    torch.manual_seed(0)
+    unet = UNet(in_channels=1, model_channels=8, channel_mult=(1,), attention_resolutions=(), num_heads=1)
+    unet.unused = torch.nn.Parameter(torch.ones(3))
+    before = {k: p.detach().clone() for k, p in unet.named_parameters()}
+    posterior = GaussianPosterior.from_continued_training(unet, Diffusion("linear", 20), torch.rand(4, 1, 8, 8), 20, batch_size=4)
+    assert all(torch.equal(p, before[k]) and torch.equal(posterior.mean[k], before[k]) for k, p in unet.named_parameters())
+    assert posterior.n == 4  # of steps 10 .. 19: 10, 15, and the last two
+    assert all((posterior.std[k] > 1e-7).any() for k in before if k.startswith("out.2"))
+    assert (posterior.std["unused"] <= 1e-7).all()
