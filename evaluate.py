@@ -134,7 +134,7 @@ class Classifier(nn.Module):
         else:  # photographs need more width, and batch norm to train it in a few minutes
             block = lambda a, b: (nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
             self.body = nn.Sequential(
-                *block(C, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 128), nn.MaxPool2d(2),  # (B, 128, H/4, W/4)
+                *block(C, 64), nn.MaxPool2d(2), *block(64, 128), nn.MaxPool2d(2),  # (B, 128, H/4, W/4)
                 *block(128, 128), *block(128, 256), nn.MaxPool2d(2), *block(256, 256),  # (B, 256, H/8, W/8)
                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.25), nn.Linear(256, 128), nn.ReLU(),  # (B, 128)
             )
@@ -175,7 +175,7 @@ def get_classifier(checkpoint, images, labels, data_root, device, seed, folder):
         images, labels, test_images, test_labels = images[~held_out], labels[~held_out], images[held_out], labels[held_out]
     torch.manual_seed(seed)
     colour = image_shape[0] == 3
-    epochs = min(60, max(10, 200_000 // len(images)) if colour else max(4, 40_000 // len(images)))
+    epochs = min(60, max(10, 150_000 // len(images)) if colour else max(4, 40_000 // len(images)))
     batch_size = min(128, len(images))
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)

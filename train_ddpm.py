@@ -196,9 +196,12 @@ def read_images(paths, image_shape):
         return transforms.resize(image, [size, size], antialias=True) if image.shape[1] != size else image
 
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock free
+    pool = ThreadPoolExecutor(os.cpu_count())  # decoding leaves Python's lock free
+    try:
         for i, image in enumerate(tqdm(pool.map(read, paths), total=len(paths), desc="reading images", unit="image", disable=len(paths) < 1000)):
             images[i] = image
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C waits for no further file
     if channels is None:
         channels = 1 if all(torch.equal(c[:, :1].expand_as(c), c) for c in images.split(1000)) else 3
     return transforms.rgb_to_grayscale(images) if channels == 1 else images
@@ -442,7 +445,8 @@ def train(args):
                 bar.close()
                 print(f"interrupted: saved step {step + 1} of {args.steps} in {output}; continue with --resume")
                 raise KeyboardInterrupt
-    print(f"wrote {output} (loss {average:.4f}, {time.time() - began:.0f} s, peak memory {peak_memory(device)})")
+    print(f"wrote {output} ({time.time() - began:.0f} s, peak memory {peak_memory(device)}); loss along the way: "
+          + " ".join(f"{value:.4f}" for _, value in losses[:: max(1, len(losses) // 9)]))
     grid = Path(output).with_suffix(".png")
     draw(grid)
     print(f"wrote {grid}, a grid of samples")

@@ -409,6 +409,8 @@ def main(args):
     if never_seen:
         raise UserError(f"{args.checkpoint} was trained without {', '.join(never_seen)}: nothing to forget")
     stem, extension = os.path.splitext(args.checkpoint)
+    if data["source"].startswith("published"):  # what is written is a checkpoint of this repository: where evaluate.py looks for it
+        stem, extension = f"checkpoints/{os.path.basename(stem)}", ".pt"
     output = args.output or f"{stem}-forget-{'-'.join(names) or os.path.basename(os.path.abspath(args.forget_images))}{extension}"
     if os.path.abspath(output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: evaluate.py needs both, choose another")
@@ -500,7 +502,7 @@ def parser():
     what.add_argument("--forget-class", nargs="+", metavar="CLASS", help="one or several classes to forget, by name")
     what.add_argument("--forget-images", metavar="DIR", help="forget what the images in this folder show: no class, label or dataset is needed")
     p.add_argument("--checkpoint", default="checkpoints/mnist.pt", metavar="FILE", help="the trained model: of train_ddpm.py, or DDPM's published weights")
-    p.add_argument("--output", metavar="FILE", help="the unlearned model (default: CHECKPOINT-forget-CLASS.pt)")
+    p.add_argument("--output", metavar="FILE", help="the unlearned model (default: CHECKPOINT-forget-CLASS.pt, in checkpoints/ for published weights)")
     p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     p.add_argument("--gamma", type=float, help=f"0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller forgets more {default(GAMMA)}")
     p.add_argument("--lr", type=float, help="step size in posterior standard deviations: of gradient descent, or of Adam with "
