@@ -287,7 +287,7 @@ def network(model, image_shape):
     grey = C == 1
     return (dict(in_channels=C, model_channels=32 if grey else 48, channel_mult=(1, 2, 4), num_res_blocks=1,
                  attention_resolutions=() if grey else (2,), num_heads=4, patch_size=min(4, -(-H // 16))),
-            dict(steps=5500 if grey else 4500, batch_size=64, lr=2e-3, ema=0.998, schedule="cosine", velocity=True))
+            dict(steps=5500 if grey else 3500, batch_size=64, lr=2e-3, ema=0.998, schedule="cosine", velocity=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------
