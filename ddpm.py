@@ -568,7 +568,11 @@ def from_published(raw, path):
     images from where it attends, at 16x16 in every DDPM (Ho et al. 2020, appendix B). Raises UserError that lists the names that
     are missing or too many.
     """
-    raw = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
+    raw = raw.get("state_dict", raw) if isinstance(raw, dict) else None
+    if not isinstance(raw, dict):
+        return None
+    if any(str(k).startswith("model.diffusion_model.") for k in raw):
+        raise UserError(f"{path} is a Stable Diffusion checkpoint: sd_unlearn.py is for those")
     layout = "original" if "temb.dense.0.weight" in raw else "diffusers" if "time_embedding.linear_1.weight" in raw else None
     if layout is None:
         return None

@@ -273,8 +273,8 @@ def evaluate(args):
         raise UserError("--output and --save-samples are for one --after; several reports go to results/NAME each")
     if args.sweep_gamma and len(paths) > 1:
         raise UserError("--sweep-gamma takes the settings of one --after")
-    if args.relearn < 0 or args.relearn_images < 1:
-        raise UserError("need --relearn of at least 0 steps and --relearn-images of at least 1")
+    if args.relearn < 0 or args.relearn_images < 1 or not args.relearn_lr > 0:
+        raise UserError("need --relearn of at least 0 steps, --relearn-images of at least 1 and --relearn-lr above 0")
     outputs = [Path(args.output or f"results/{Path(path).stem}") for path in paths]
     for output in outputs:
         check_output(output / ("sweep.json" if args.sweep_gamma else "report.json"), args.overwrite)
@@ -320,12 +320,12 @@ class Before:
 
     def __init__(self, checkpoint, args, device):
         self.checkpoint, self.device = checkpoint, device
+        colour = checkpoint.config["image_shape"][0] == 3
+        if args.features == "inception" and not colour:
+            raise UserError("Inception's features are for colour images; leave --features away")
         self.images, self.labels = load_data_of(checkpoint, args.data_root)
         self.classifier, self.accuracy = get_classifier(checkpoint, self.images, self.labels, args.data_root, device, seed=0, folder="checkpoints")
         self.inception = None
-        colour = self.images.shape[1] == 3
-        if args.features == "inception" and not colour:
-            raise UserError("Inception's features are for colour images; leave --features away")
         if args.features == "inception" or (args.features == "auto" and colour):
             try:
                 self.inception = load_inception(device)

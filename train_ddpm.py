@@ -404,7 +404,7 @@ def train(args):
 
     def draw(path):
         ema.module.eval()
-        save_image(diffusion.sample(ema.module, 64, config["image_shape"], steps=50, seed=args.seed) / 2 + 0.5, path)
+        save_image(diffusion.sample(ema.module, 64, config["image_shape"], steps=25, seed=args.seed) / 2 + 0.5, path)
         ema.module.train()
 
     began = time.time()

@@ -88,8 +88,8 @@ class GaussianPosterior:
 
     def isotropic(self):
         """The same mean, with one sigma for all parameters: the root mean square of sigma*. For comparison only."""
-        total = sum(s.numel() for s in self.std.values())
-        sigma = math.sqrt(sum(s.double().square().sum().item() for s in self.std.values()) / total)
+        total = sum(m.numel() for m in self.mean.values())
+        sigma = math.sqrt(sum(s.double().square().mean().item() * self.mean[k].numel() for k, s in self.std.items()) / total)
         return GaussianPosterior(self.mean, {k: torch.full_like(s, sigma) for k, s in self.std.items()}, self.n)
 
     def to(self, device):

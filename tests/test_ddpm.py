@@ -259,3 +259,12 @@ def test_every_tensor_of_the_published_cifar10_networks_has_its_place(layout):
         ddpm.from_published(lacking, "cifar")
     with pytest.raises(ddpm.UserError, match="no use: logits.weight"):
         ddpm.from_published({**tensors, "logits.weight": torch.empty(1, device="meta")}, "cifar")
+
+
+def test_a_file_of_another_model_says_so(tmp_path):
+    torch.save({"state_dict": {"model.diffusion_model.out.2.weight": torch.zeros(1)}}, tmp_path / "sd.ckpt")
+    with pytest.raises(ddpm.UserError, match="sd_unlearn.py"):
+        ddpm.load_checkpoint(tmp_path / "sd.ckpt")
+    torch.save({"state_dict": torch.zeros(1)}, tmp_path / "odd.ckpt")
+    with pytest.raises(ddpm.UserError, match="nor DDPM's published weights"):
+        ddpm.load_checkpoint(tmp_path / "odd.ckpt")
