@@ -344,6 +344,11 @@ def train(args):
     else:
         if os.path.exists(output) and not args.overwrite:
             raise UserError(f"{output} exists already; --resume continues it, --overwrite replaces it, --output FILE goes elsewhere")
+    given = lambda value, default: default if value is None else value  # None: the network's own, below
+    if given(args.steps, 1) < 1 or given(args.batch_size, 1) < 1:
+        raise UserError("--steps and --batch-size must be at least 1")
+    if not (given(args.lr, 1) > 0 and 0 < args.posterior_fraction <= 1 and 0 <= given(args.ema, 0) < 1):
+        raise UserError("need --lr > 0, 0 < --posterior-fraction <= 1 and 0 <= --ema < 1")
     device = pick_device(args.device)
     seed_everything(args.seed)
 
@@ -362,10 +367,6 @@ def train(args):
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.steps < 1 or args.batch_size < 1:
-        raise UserError("--steps and --batch-size must be at least 1")
-    if not (args.lr > 0 and 0 < args.posterior_fraction <= 1 and 0 <= args.ema < 1):
-        raise UserError("need --lr > 0, 0 < --posterior-fraction <= 1 and 0 <= --ema < 1")
     batch_size = min(args.batch_size, len(images))
     if device.type == "cuda" and images.nbytes < 2**32:
         images = images.to(device)  # once, not a batch at a time
@@ -379,7 +380,7 @@ def train(args):
     running = RunningPosterior(unet.named_parameters())
     start, losses = 0, []  # losses: (step, moving average), 200 or so over the run
     if saved is not None:
-        losses = saved["losses"]
+        losses = saved.get("losses", [])
         unet.load_state_dict(saved["train"]["unet"])
         optimizer.load_state_dict(saved["train"]["optimizer"])
         ema.load_state_dict(saved["train"]["ema"])
