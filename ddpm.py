@@ -196,20 +196,23 @@ class Diffusion(nn.Module):
         x0 = self.predict_x0(xt, t, eps)
         return x0.clamp(-1, 1) if clip else x0  # images live in [-1, 1]; latents (clip=False) have no such box
 
-    @torch.inference_mode()
-    def sample(self, unet, n, shape, steps=None, eta=0.0, seed=0, batch_size=250, clip=True, progress=False):
+    @torch.no_grad()  # not inference_mode, in which autocast caches nothing
+    def sample(self, unet, n, shape, steps=None, eta=0.0, seed=0, batch_size=None, clip=True, progress=False):
         """n samples of p_theta.  shape: (C, H, W).  Returns (n, C, H, W) float32 in [-1, 1], on the CPU.
 
         steps=None: ancestral sampling through all T steps.  steps=S: DDIM through S evenly spaced ones, with `eta`.
-        Image i gets its noise from (seed, i) alone, so neither batch_size nor n changes it.
+        Image i gets its noise from (seed, i) alone, so neither batch_size nor n changes it. batch_size: None takes 500 on a GPU, 125
+        on a CPU, whose caches hold no more.
         Raises UserError if S is not in 1 .. T.
         """
         if steps is not None and not 1 <= steps <= self.T:
             raise UserError(f"sampling steps must be from 1 to {self.T}, not {steps}")
         grid = range(self.T - 1, -1, -1) if steps is None else np.linspace(self.T - 1, 0, steps).round().astype(int).tolist()
         device = self.alpha_bar.device
+        batch_size = batch_size or (125 if device.type == "cpu" else 500)
         out = torch.empty(n, *shape)
-        with tqdm(total=n * len(grid), desc="sampling", unit="img*step", unit_scale=True, disable=not progress) as bar:
+        # autocast around the whole loop, too: it keeps the weights it has cast until it ends, so that each is cast once, not once a step
+        with autocast(device), tqdm(total=n * len(grid), desc="sampling", unit="img*step", unit_scale=True, disable=not progress) as bar:
             for start in range(0, n, batch_size):
                 B = min(batch_size, n - start)
                 noise = ImageNoise(seed, range(start, start + B), shape, device)

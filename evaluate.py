@@ -264,7 +264,7 @@ def evaluate(args):
     """Run the command line's evaluation: one report for each of args.after. Raises UserError for what the user can put right."""
     device = pick_device(args.device)
     if args.profile:
-        return profile(args.before or "checkpoints/mnist.pt", device)
+        return profile(args.before or "checkpoints/mnist.pt", min(args.samples, 125), device)
     if args.samples < 2 or args.sampling_steps < 1:
         raise UserError("need --samples of at least 2 and --sampling-steps of at least 1")
     paths = args.after or [newest_unlearned("checkpoints")]
@@ -515,7 +515,7 @@ def sweep(path, output, args, device):
 
 
 def plot(rows, size=(480, 640), margin=64):
-    """PUL, to the right, against u-FID relative to the model before, upwards: (3, H, W) uint8. Pareto points are filled and joined."""
+    """PUL, to the right, against u-FID relative to the model before, upwards: (3, H, W) uint8. Pareto points are blue and joined."""
     H, W = size
     image = torch.full((3, H, W), 255, dtype=torch.uint8)
     low = min(0.0, *(row["PUL"] for row in rows))
@@ -530,12 +530,16 @@ def plot(rows, size=(480, 640), margin=64):
         text += [f"{pul:.0f}%", f"{ratio:.2f}"]
         at += [(x_of(pul) - 10, H - margin + 6), (margin - 34, y_of(ratio) - 6)]
     text += ["PUL", "u-FID, relative to before", *(f"gamma {row['gamma']:g}" for row in rows)]
-    at += [(W / 2, H - margin + 24), (margin, margin / 2 - 18), *((x_of(row["PUL"]) + 6, y_of(row["u_fid_ratio"]) - 14) for row in rows)]
+    beside = lambda x: x + 6 if x < W - 2 * margin else x - 72  # left of the point where the edge is near
+    at += [(W / 2, H - margin + 24), (margin, margin / 2 - 18), *((beside(x_of(row["PUL"])), y_of(row["u_fid_ratio"]) - 14) for row in rows)]
     points = torch.tensor([[x_of(row["PUL"]), y_of(row["u_fid_ratio"])] for row in rows])
     best = torch.tensor([row["pareto"] for row in rows])
     front = points[best][points[best][:, 0].argsort()]
     image = draw_keypoints(image, points[None], colors="gray", radius=4)
-    image = draw_keypoints(image, front[None], connectivity=[(i, i + 1) for i in range(len(front) - 1)], colors="blue", radius=4, width=2)
+    for a, b in zip(front, front[1:]):
+        x, y = torch.lerp(a[:, None], b[:, None], torch.linspace(0, 1, W)).round().long()  # (W,), (W,)
+        image[:, y, x] = torch.tensor([[0], [0], [255]], dtype=torch.uint8)
+    image = draw_keypoints(image, front[None], colors="blue", radius=4)
     # torchvision writes text beside boxes only: white boxes of one pixel
     boxes = torch.tensor([[x, y, x + 1, y + 1] for x, y in at]).round().clamp(min=0)
     return draw_bounding_boxes(image, boxes, labels=text, colors="white", label_colors="black")
@@ -561,18 +565,18 @@ def plain_sampling(unet, diffusion, n, shape, steps):
     return x
 
 
-def profile(path, device, rounds=3):
-    """Print what `path`'s network does a second, in training, unlearning and sampling, and the share of the time that convolutions take."""
+def profile(path, n, device, rounds=3):
+    """Print what `path`'s network does a second, in training, unlearning and sampling n images, and the share of the time that convolutions take."""
     checkpoint = load_checkpoint(path, device)
     unet, diffusion, shape = checkpoint.unet, checkpoint.diffusion, tuple(checkpoint.config["image_shape"])
     posterior = checkpoint.posterior or vdu.GaussianPosterior.from_one_checkpoint(unet.named_parameters())
     x0 = torch.rand(64, *shape, device=device) * 2 - 1
     optimizer = torch.optim.AdamW(unet.parameters(), 0.0, fused=device.type != "mps")
-    jobs = {  # name: (images in a call, steps in a call, the call); of sampling's 25 steps an image five are timed
+    jobs = {  # name: (images in a call, steps in a call, the call)
         "training, batches of 64": (64, 1, lambda: training_step(unet, diffusion, optimizer, x0)),
         "unlearning, batches of 64": (128, 2, lambda: vdu.unlearn(unet, diffusion, posterior, x0, 0.63, 1e-9, 2, 64)),
-        "sampling, 25 DDIM steps": (64 / 5, 5, lambda: diffusion.sample(unet, 64, shape, steps=5, eta=1.0)),
-        "the same, plain float32": (64 / 5, 5, lambda: plain_sampling(unet, diffusion, 64, shape, 5)),
+        f"sampling, batches of {n}": (n, 25, lambda: diffusion.sample(unet, n, shape, steps=25, eta=1.0)),
+        "the same, plain float32": (n, 25, lambda: plain_sampling(unet, diffusion, n, shape, 25)),
     }
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -359,7 +359,7 @@ def test_cifar10_and_tiny_imagenet_in_their_published_layouts(tmp_path):
 
 
 def test_the_profile_measures_all_four(colours):
-    r = command("evaluate.py", "--profile", "--before", "checkpoints/images.pt", cwd=colours)
+    r = command("evaluate.py", "--profile", "--before", "checkpoints/images.pt", "--samples", 8, cwd=colours)
     assert r.returncode == 0, r.stderr
     rows = [line.split()[-3:] for line in r.stdout.splitlines() if line.rstrip().endswith("%")]
     assert len(rows) == 4
