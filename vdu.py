@@ -480,7 +480,7 @@ def main(args):
     why = "interrupted, and saved as it stood" if stop.requested else "done"
     print(f"{why} after {result['steps']} steps ({time.time() - began:.0f} s): A {result['A_before']:.4f} -> {result['A_after']:.4f}, "
           f"theta moved {result['moved_rms_sigma']:.4f} sigma (rms over parameters); peak memory {peak_memory(device)}\n"
-          f"wrote {output}; see what came of it: python evaluate.py")
+          f"wrote {output}; see what came of it: python evaluate.py{'' if names else ' --forget-class CLASS, if the images are of one'}")
     if stop.requested:
         raise KeyboardInterrupt
 

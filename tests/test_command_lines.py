@@ -328,8 +328,15 @@ def test_cifar10_and_tiny_imagenet_in_their_published_layouts(tmp_path):
         assert train_ddpm.load_dataset("cifar10", tmp_path, train=False)[0].shape == (20, 3, 32, 32)
         r = command("train_ddpm.py", "--dataset", "cifar10", "--data-root", tmp_path, "--steps", 1, "--batch-size", 2, cwd=tmp_path)
         assert r.returncode == 0, r.stderr
-        r = command("vdu.py", "--checkpoint", "checkpoints/cifar10.pt", "--forget-class", "horse", "--steps", 1, "--batch-size", 2, cwd=tmp_path)
+        published = torch.load(ROOT / "tests/data/ddpm_reference.pt", weights_only=True)["diffusers"]["state_dict"]
+        torch.save(published, tmp_path / "diffusion_pytorch_model.bin")
+        for checkpoint, more in (("checkpoints/cifar10.pt", []), ("diffusion_pytorch_model.bin", ["--data-root", tmp_path])):
+            r = command("vdu.py", "--checkpoint", checkpoint, "--forget-class", "horse", "--steps", 1, "--batch-size", 2, *more, cwd=tmp_path)
+            assert r.returncode == 0, r.stderr
+        r = command("evaluate.py", "--data-root", tmp_path, "--samples", 4, "--sampling-steps", 1, "--features", "classifier", cwd=tmp_path)
         assert r.returncode == 0, r.stderr
+        report = json.loads((tmp_path / "results/diffusion_pytorch_model-forget-horse/report.json").read_text())
+        assert report["forgotten"] == ["horse"] and report["before"]["checkpoint"] == "diffusion_pytorch_model.bin"
 
     folder = tmp_path / "tiny-imagenet-200"
     (folder / "val" / "images").mkdir(parents=True)
