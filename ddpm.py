@@ -2,7 +2,7 @@
 
 Holds    Diffusion (q and p of DDPM, both losses, ancestral and DDIM sampling), load_checkpoint, save_checkpoint,
          and the small things that the three command lines share (devices, errors, seeds).
-Reads    checkpoint files.      Writes    checkpoint files, atomically.
+Reads    checkpoint files, and DDPM's weights as others publish them (LAYOUTS).      Writes    checkpoint files, atomically.
 Paper    VDU (arXiv 2510.04058), its background on diffusion models. The sources, cited below as
          DDPM = Ho et al. 2020 (arXiv 2006.11239), DDIM = Song et al. 2021 (arXiv 2010.02502).
 

@@ -481,8 +481,9 @@ def restore_settings(args, saved, path):
 
 
 def parser():
-    small, base = (network(model, (3, 32, 32))[1] for model in ("small", "base"))
-    default = lambda name: f"(default: {small[name]} for small, {base[name]} for base)"
+    small, base, grey = network("small", (3, 32, 32))[1], network("base", (3, 32, 32))[1], network("small", (1, 28, 28))[1]
+    default = lambda name: (f"(default: {small[name]} for small, " + (f"{grey[name]} if grey, " if grey[name] != small[name] else "")
+                            + f"{base[name]} for base)")
     p = ArgumentParser(prog="train_ddpm.py", description=__doc__)
     p.add_argument("--dataset", choices=DATASETS, default="mnist", help="what to learn; folder: your own images, one sub-folder a class")
     p.add_argument("--data-root", metavar="DIR", help="folder that holds the dataset already (default: download into data/); with --dataset "
