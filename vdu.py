@@ -306,12 +306,14 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
     low, high = (round(share * diffusion.T) for share in t_range)
     z = {k: torch.zeros_like(p) for k, p in theta.items()}
     adam = adam or anchor is not None  # F is stiff in some directions and flat in others; a step of lr sigma* a parameter suits both
+    # dL/dz = sigma* dL/dtheta; P / D instead of D, so that lr depends neither on the image's nor the network's size.
+    scale = {k: posterior.std[k] * (P / D) for k in theta}
     optimizer = torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99)) if adam else torch.optim.SGD(z.values(), lr, momentum=0.9)
 
     @torch.no_grad()
     def put():
-        for k, p in theta.items():
-            p.copy_(posterior.mean[k] + posterior.std[k] * z[k])
+        for k, p in theta.items():  # mu* + sigma* z, in p's own memory
+            torch.mul(posterior.std[k], z[k], out=p).add_(posterior.mean[k])
 
     def one_batch():
         """L on one batch, and what the bar shows."""
@@ -352,8 +354,7 @@ def unlearn(unet, diffusion, posterior, forget, gamma, lr, steps, batch_size=256
                 (D * loss / accumulate).backward()  # times D: gradients of the size that 16 bits can hold
             seen = {k: sum(b[k] for b in batches) / accumulate for k in seen}
             for k, p in theta.items():
-                # dL/dz = sigma* dL/dtheta; P / D instead of D, so that lr depends neither on the image's nor the network's size.
-                z[k].grad = p.grad.mul_(posterior.std[k] * (P / D))
+                z[k].grad = p.grad.mul_(scale[k])
                 p.grad = None
             optimizer.step()
             put()
