@@ -30,7 +30,7 @@ from tqdm import tqdm
 import vdu
 from ddpm import (ArgumentParser, UserError, autocast, check_output, count, first_line, load_checkpoint, pick_device, read_file, run_command_line,
                   save_checkpoint, seed_number, training_step)
-from train_ddpm import MNIST_5K, class_indices, load_data_of, title_of, to_float, to_uint8
+from train_ddpm import MNIST_5K, class_indices, load_data_of, mirror_half, title_of, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------
 # The metrics
@@ -147,8 +147,7 @@ class Classifier(nn.Module):
 def jitter(x, pad=4):
     """Mirror half of the images, and shift each by up to `pad` pixels: (B, C, H, W) -> the same. What little data is, made more."""
     B, C, H, W = x.shape
-    x = torch.where(torch.rand(B, 1, 1, 1) < 0.5, x.flip(3), x)
-    x = F.pad(x, (pad,) * 4, mode="reflect")  # (B, C, H + 2 pad, W + 2 pad)
+    x = F.pad(mirror_half(x), (pad,) * 4, mode="reflect")  # (B, C, H + 2 pad, W + 2 pad)
     dy, dx = torch.randint(2 * pad + 1, (2, B))
     rows, columns = dy[:, None] + torch.arange(H), dx[:, None] + torch.arange(W)  # (B, H), (B, W)
     return x[torch.arange(B)[:, None, None, None], torch.arange(C)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
@@ -227,7 +226,7 @@ def newest_unlearned(folder):
     raise UserError(f"no unlearned checkpoint in {folder}/; make one with: python vdu.py --forget-class 1")
 
 
-def describe(samples, before, forgotten, retained, device):
+def describe(samples, before, forgotten, retained):
     """What the report says of one set of samples (N, C, H, W) uint8: counts, intervals, confidence, u-FID, precision and recall.
 
     before: the Before that has the classifier and the features.  retained: mask over the real images.
@@ -359,7 +358,7 @@ def compare(before, after, output, args, device):
         before.samples = draw(parent, args)
     samples = {"before": before.samples, "after": draw(after, args)}
     retained = ~torch.isin(before.labels, torch.tensor(forgotten))  # u-FID: the retained classes only
-    results = {name: describe(x, before, forgotten, retained, device) for name, x in samples.items()}
+    results = {name: describe(x, before, forgotten, retained) for name, x in samples.items()}
 
     known = lambda pul: None if math.isnan(pul) else pul
     report = {
@@ -466,7 +465,8 @@ def counts_while_training(model, before, x, marks, forgotten, samples, args):
             drawn = diffusion.sample(unet, samples, tuple(x.shape[1:]), steps=args.sampling_steps, eta=args.eta, seed=args.seed)
             predicted = features_and_probabilities(before.classifier, to_uint8(drawn), before.device)[1].argmax(1)
             counts.append(int(torch.isin(predicted, torch.tensor(forgotten)).sum()))
-        training_step(unet, diffusion, optimizer, x[torch.randint(len(x), (64,)).to(x.device)])
+        if step < marks[-1]:
+            training_step(unet, diffusion, optimizer, x[torch.randint(len(x), (64,)).to(x.device)])
     return counts
 
 
@@ -484,8 +484,9 @@ def sweep(path, output, args, device):
     """Unlearn again from the parent of `path`, with its settings, once for each gamma, and set PUL against u-FID."""
     model = load_checkpoint(path, device)
     before_path = args.before or parent_of(model, path)
-    before = Before(load_checkpoint(before_path, device), args, device)
-    names_to_count(before.checkpoint, model, args)
+    parent = load_checkpoint(before_path, device)
+    names_to_count(parent, model, args)  # refuses before the classifier is trained
+    before = Before(parent, args, device)
     rows = []
     for gamma in args.sweep_gamma:
         target = output / "sweep" / f"gamma-{gamma:g}"

@@ -62,10 +62,16 @@ def load_dataset(name, root=None, train=True, image_shape=None, only=None):
         images, labels, data = load_tiny_imagenet(root, train, image_shape, only)
     else:
         images, labels, data = (load_mnist if name == "mnist" else load_cifar10)(root, train)
-        if images is not None and only is not None:
-            keep = torch.isin(labels, torch.tensor(only))
-            images, labels = images[keep], labels[keep]
+        images, labels = of_classes(images, labels, only)
     return images, labels, {"name": name, "source": "torchvision", **data}
+
+
+def of_classes(images, labels, only):
+    """The images and labels of the classes `only` (indices): all for None, and as they are where there are none (no test part)."""
+    if images is None or only is None:
+        return images, labels
+    keep = torch.isin(labels, torch.tensor(only))
+    return images[keep], labels[keep]
 
 
 @contextlib.contextmanager
@@ -222,11 +228,7 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
     """
     data = checkpoint.data
     if data_root is None and data["source"] == MNIST_5K.name:
-        images, labels, _ = load_mnist_5k(train, data)
-        if images is None or only is None:
-            return images, labels
-        keep = torch.isin(labels, torch.tensor(only))
-        return images[keep], labels[keep]
+        return of_classes(*load_mnist_5k(train, data)[:2], only)
     root = data_root or data["root"]
     if data_root is None and root is not None and not os.path.isdir(root):
         raise UserError(f"{checkpoint.path} was trained on {data['name']} in {root}, which is not there; say where with --data-root DIR")
@@ -239,6 +241,11 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
 def title_of(data):
     """What files of this dataset are called: mnist, or the name of the folder."""
     return Path(data["root"]).name if data["name"] == "folder" else data["name"]
+
+
+def mirror_half(x):
+    """Mirror each of the images (B, C, H, W), or not, at even odds."""
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
 def to_float(images):
@@ -418,7 +425,7 @@ def train(args):
             index = batch_indices(step, len(images), batch_size, args.seed).to(images.device)
             x0 = to_float(images[index].to(device))  # (B, C, H, W)
             if args.flip:
-                x0 = torch.where(torch.rand(batch_size, 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
+                x0 = mirror_half(x0)
             value = training_step(unet, diffusion, optimizer, x0)
             if not np.isfinite(value):
                 kept = f"{output} still holds step {last_save}; " if os.path.exists(output) and last_save else ""
