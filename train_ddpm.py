@@ -1,23 +1,27 @@
-"""Train the DDPM that is to forget something later, and keep the posterior p(theta | D) that VDU needs for it.
+"""Train the DDPM that is to forget something later, with the posterior that VDU needs.
 
     python train_ddpm.py --dataset mnist
     python train_ddpm.py --dataset folder --data-root my_images --image-size 32
 
-Holds    the datasets, the network sizes and the training loop.
-Reads    MNIST, CIFAR-10 and tiny ImageNet (downloaded into data/, or found in --data-root), or a folder of images, one
-         sub-folder a class; for MNIST without a network, the 5,000 images in tests/data/mnist_5k.npz.
-Writes   checkpoints/mnist.pt: averaged weights theta*, posterior (mu*, sigma*), settings, data, loss curve; and a grid
-         of samples beside it, checkpoints/mnist.png.
-Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f together (its setting), and mu* and
-         sigma* are the mean and standard deviation of each parameter over training checkpoints. Here the
-         checkpoints are the weights along the last part of one run, at a constant learning rate, folded into
-         running sums as they pass. SGD at a constant rate wanders around its optimum, widely where the loss is
-         flat: to first order its distribution is the posterior's (Mandt et al. 2017; SWAG, Maddox et al. 2019).
+Holds    the training loop, what it keeps of the weights, and the datasets.
+Reads    MNIST, CIFAR-10, tiny ImageNet (downloaded into data/, or in --data-root), or a
+         folder of images, one sub-folder per class; for MNIST without a network, the
+         5,000 images in tests/data/mnist_5k.npz.
+Writes   checkpoints/mnist.pt: theta* = mu*, posterior (mu*, sigma*), settings, data,
+         loss curve; and a grid of samples beside it, checkpoints/mnist.png.
+Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f, and mu* and
+         sigma* are the mean and standard deviation of each parameter over training
+         checkpoints. Here those are the weights along the last part of one run, at a
+         constant learning rate, folded into running sums as they pass. SGD at a
+         constant rate wanders around its optimum, widely where the loss is flat: to
+         first order its distribution is the posterior's (Mandt et al. 2017; SWAG,
+         Maddox et al. 2019).
 """
 
 import argparse
 import contextlib
 import io
+import math
 import os
 import socket
 import time
@@ -26,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.datasets.utils import download_and_extract_archive
@@ -34,49 +37,323 @@ from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, StopRequest, UserError, build, count, first_line, peak_memory, pick_device, read_file,
-                  run_command_line, save_checkpoint, seed_everything, seed_number, training_step)
-from vdu import RunningPosterior
+from ddpm import (ArgumentParser, StopRequest, UserError, add_shared_flags, build,
+                  count, first_line, number, peak_memory, pick_device, read_file,
+                  run_command_line, save_checkpoint, training_step)
 
-# ---------------------------------------------------------------------------------------------------------------
-# Datasets: uint8 images (N, C, H, W) and int64 labels (N,), decoded once, whole in memory
+# --------------------------------------------------------------------------------------
+# Settings
+
+
+def small_network(image_shape):
+    """(UNet's arguments, settings) for two CPU cores: MNIST in a quarter of an hour,
+    colour in half an hour. It works on 2x2 patches, larger ones of larger images.
+    """
+    C, H, W = image_shape
+    grey = C == 1  # attention at 7x7, too, would cost MNIST a third more time per step
+    return (dict(in_channels=C, model_channels=32 if grey else 48, channel_mult=(1, 2, 4),
+                 num_res_blocks=1, attention_resolutions=() if grey else (2,), num_heads=4,
+                 patch_size=min(4, -(-H // 16))),
+            dict(steps=5500 if grey else 3500, batch_size=64, lr=2e-3, schedule="cosine",
+                 velocity=True, flip=not grey))
+
+
+def base_network(image_shape):
+    """DDPM's network for CIFAR-10 and its training (Ho et al. 2020), for a GPU:
+    35.7M parameters, attention at 16x16, eps predicted directly.
+    """
+    C, H, W = image_shape
+    return (dict(in_channels=C, model_channels=128, channel_mult=(1, 2, 2, 2),
+                 num_res_blocks=2, attention_resolutions=(max(1, round(H / 16)),), num_heads=1,
+                 dropout=0.1),
+            dict(steps=200_000, batch_size=128, lr=2e-4, schedule="linear", velocity=False,
+                 flip=C == 3))
+
+
+NETWORKS = {"small": small_network, "base": base_network}
+
+
+def posterior_start(args):
+    """The step from which the weights enter the posterior."""
+    return int(args.steps * (1 - args.posterior_fraction))
+
+
+def learning_rate(step, args):
+    """Warm up over 200 steps, fall to a tenth, hold it while the posterior gathers.
+
+    The fall settles the weights; the constant rate keeps them wandering about one
+    optimum, whose spread is sigma*.
+    """
+    warmup = min(1.0, (step + 1) / 200)
+    return args.lr * warmup * max(0.1, 1 - 0.9 * step / max(1, posterior_start(args)))
+
+
+# --------------------------------------------------------------------------------------
+# Training
+
+
+class RunningPosterior:
+    """mu* and sigma* of weights that pass by one at a time (Welford 1962)."""
+
+    def __init__(self, named_parameters):
+        self.n = 0
+        self.mean = {k: torch.zeros_like(p, dtype=torch.float32) for k, p in named_parameters}
+        self.m2 = {k: torch.zeros_like(m) for k, m in self.mean.items()}  # squared deviations
+
+    @torch.no_grad()
+    def update(self, named_parameters):
+        self.n += 1
+        for name, p in named_parameters:
+            deviation = p - self.mean[name]  # from the old mean
+            self.mean[name] += deviation / self.n
+            self.m2[name] += deviation * (p - self.mean[name])  # times that from the new one
+
+    def posterior(self):
+        """{"mean", "std": the unbiased estimate, "n"}; None of fewer than two."""
+        if self.n < 2:
+            return None
+        std = {k: (m2 / (self.n - 1)).sqrt() for k, m2 in self.m2.items()}
+        return {"mean": self.mean, "std": std, "n": self.n}
+
+    def state_dict(self):
+        return {"n": self.n, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state):
+        self.n = state["n"]
+        for mine, theirs in ((self.mean, state["mean"]), (self.m2, state["m2"])):
+            for k, v in theirs.items():
+                mine[k].copy_(v)
+
+
+class Training:
+    """All that changes while training: network, optimizer, posterior, step, losses."""
+
+    def __init__(self, args, config, data, device):
+        self.args, self.config, self.data, self.device = args, config, data, device
+        self.unet, self.diffusion = build(config, device)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=args.lr, betas=(0.9, 0.99),
+                                           weight_decay=0.0, fused=device.type != "mps")
+        self.running = RunningPosterior(self.unet.named_parameters())
+        self.step = self.saved = 0
+        self.loss, self.losses = None, []  # losses: (step, moving average), about 200
+
+    def update(self, x0):
+        """One step on images x0 (B, C, H, W). Raises UserError for an infinite loss."""
+        args = self.args
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, args)
+        loss = training_step(self.unet, self.diffusion, self.optimizer, x0)
+        if not math.isfinite(loss):
+            kept = f"{args.output} still holds step {self.saved}; " if self.saved else ""
+            raise UserError(f"the loss became {loss} at step {self.step}; {kept}try a smaller --lr "
+                            f"than {args.lr:g}")
+        last = self.step == args.steps - 1
+        if self.step >= posterior_start(args) and (last or self.step % args.posterior_every == 0):
+            self.running.update(self.unet.named_parameters())
+        self.step += 1
+        self.loss = loss if self.loss is None else 0.99 * self.loss + 0.01 * loss
+        if self.step % max(1, args.steps // 200) == 0:
+            self.losses.append((self.step, self.loss))
+
+    def theta_star(self):
+        """The weights to sample from: mu*, or those of this step before it begins."""
+        return self.running.mean if self.running.n > 1 else self.unet.state_dict()
+
+    def save(self):
+        """Write the checkpoint; "train" is for --resume, and goes once it is done."""
+        contents = {
+            "config": self.config, "data": self.data, "step": self.step, "losses": self.losses,
+            "settings": vars(self.args), "weights": self.theta_star(),
+            "posterior": self.running.posterior(),
+        }
+        if self.step < self.args.steps:
+            contents["train"] = {"unet": self.unet.state_dict(), "loss": self.loss,
+                                 "optimizer": self.optimizer.state_dict(),
+                                 "running": self.running.state_dict(), "rng": rng_state()}
+        save_checkpoint(self.args.output, contents)
+        self.saved = self.step
+
+    def load(self, saved):
+        """Continue from what `save` wrote. Raises UserError if it saw other images."""
+        for key in ("classes", "excluded", "images"):
+            if saved["data"][key] != self.data[key]:
+                raise UserError(f"{self.args.output} was trained on other images ({key}: "
+                                f"{saved['data'][key]}, not {self.data[key]}): use its --data-root")
+        self.unet.load_state_dict(saved["train"]["unet"])
+        self.optimizer.load_state_dict(saved["train"]["optimizer"])
+        self.running.load_state_dict(saved["train"]["running"])
+        set_rng_state(saved["train"]["rng"])
+        self.step = self.saved = saved["step"]
+        self.loss, self.losses = saved["train"]["loss"], saved["losses"]
+
+
+def rng_state():
+    state = {"cpu": torch.get_rng_state()}
+    for name in ("cuda", "mps"):
+        if getattr(torch, name).is_available():
+            state[name] = getattr(torch, name).get_rng_state()
+    return state
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["cpu"])
+    for name in ("cuda", "mps"):
+        if name in state and getattr(torch, name).is_available():
+            getattr(torch, name).set_rng_state(state[name])
+
+
+def batch_indices(step, n, batch_size, seed):
+    """Which images step number `step` sees: a function of the arguments alone, so that
+    --resume needs no loader's state."""
+    epoch, i = divmod(step, n // batch_size)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[i * batch_size : (i + 1) * batch_size]
+
+
+def train(args):
+    """Run the command line. Raises UserError for what the user can put right."""
+    saved = settle_output(args)
+    device = pick_device(args.device)
+    images, data = training_images(args)
+    config = settle_network(args, tuple(images.shape[1:]), device)
+    if device.type == "cuda" and images.nbytes < 2**32:
+        images = images.to(device)  # once, not a batch at a time
+    torch.manual_seed(args.seed)
+    run = Training(args, config, data, device)
+    if saved is not None:
+        run.load(saved)
+    B = min(args.batch_size, len(images))
+    print(f"{title_of(data)}: {len(images):,} images of {'x'.join(map(str, images.shape[1:]))} "
+          f"({data['source']}), {args.model} U-Net of "
+          f"{count(sum(p.numel() for p in run.unet.parameters()))} parameters, "
+          f"{args.steps:,} steps of {B} on {device}")
+
+    began = time.time()
+    bar = tqdm(total=args.steps * B, initial=run.step * B, desc="training", unit="img",
+               unit_scale=True, dynamic_ncols=True)
+    with StopRequest() as stop, bar:
+        while run.step < args.steps:
+            index = batch_indices(run.step, len(images), B, args.seed).to(images.device)
+            x0 = to_float(images[index].to(device))  # (B, C, H, W)
+            run.update(mirror_half(x0) if args.flip else x0)
+            bar.update(B)
+            bar.set_postfix(loss=f"{run.loss:.4f}", step=run.step, posterior=run.running.n,
+                            refresh=False)
+            done = run.step == args.steps
+            if stop.requested or done or run.step % args.save_every == 0:
+                run.save()
+            if stop.requested and not done:
+                bar.close()
+                print(f"interrupted: saved step {run.step} of {args.steps} in {args.output}; "
+                      "continue with --resume")
+                raise KeyboardInterrupt
+    curve = " ".join(f"{loss:.4f}" for _, loss in run.losses[:: max(1, len(run.losses) // 9)])
+    print(f"wrote {args.output} ({time.time() - began:.0f} s, peak memory {peak_memory(device)}); "
+          f"loss along the way: {curve}")
+
+    run.unet.load_state_dict(run.theta_star())
+    samples = run.diffusion.sample(run.unet.eval(), 64, images.shape[1:], 25, seed=args.seed)
+    grid = Path(args.output).with_suffix(".png")
+    save_image(samples / 2 + 0.5, grid)
+    print(f"wrote {grid}, a grid of samples")
+
+
+def settle_output(args):
+    """Fill in args.output; with --resume the saved settings, too, and return it."""
+    if args.dataset == "folder" and args.data_root is None:
+        raise UserError("--dataset folder needs --data-root DIR, a folder with one sub-folder of "
+                        "images for each class")
+    if args.image_size is not None and args.dataset != "folder":
+        raise UserError("--image-size is for --dataset folder; the others have their own size")
+    folder = args.dataset == "folder"
+    stem = os.path.basename(os.path.abspath(args.data_root)) if folder else args.dataset
+    args.output = args.output or f"checkpoints/{stem}.pt"
+    if args.resume:
+        return resume_settings(args)
+    if os.path.exists(args.output) and not args.overwrite:
+        raise UserError(f"{args.output} exists already; --resume continues it, --overwrite "
+                        "replaces it, --output FILE goes elsewhere")
+    return None
+
+
+def resume_settings(args):
+    """The saved run, whose settings become those of args; refuses other flags."""
+    saved = read_file(args.output)
+    if not isinstance(saved, dict) or "settings" not in saved:
+        raise UserError(f"{args.output} is not a checkpoint of train_ddpm.py")
+    if "train" not in saved:
+        raise UserError(f"{args.output} is finished ({saved['step']} steps): nothing to resume; "
+                        "--overwrite starts anew")
+    defaults = vars(parser().parse_args([]))
+    for name, value in saved["settings"].items():
+        if name in ("output", "overwrite", "resume", "device", "save_every"):
+            continue
+        if name == "data_root" and args.data_root is not None:
+            continue
+        mine = getattr(args, name, None)
+        if mine not in (value, defaults.get(name)):
+            raise UserError(f"{args.output} was begun with --{name.replace('_', '-')} {value}; "
+                            f"--resume cannot change it to {mine}")
+        setattr(args, name, value)
+    return saved
+
+
+def training_images(args):
+    """(uint8 images (N, C, H, W), data) of the dataset, less --exclude-class."""
+    size = args.image_size or 32
+    shape = (None, size, size) if args.dataset == "folder" else None
+    images, labels, data = load_dataset(args.dataset, args.data_root, image_shape=shape)
+    excluded = class_indices(args.exclude_class, data)
+    images = images[~torch.isin(labels, torch.tensor(excluded))]
+    names = [data["classes"][i] for i in excluded]
+    return images, {**data, "excluded": names, "images": len(images)}
+
+
+def settle_network(args, image_shape, device):
+    """Fill in what the network decides (model, steps, lr, ...); the config to build."""
+    # The paper's networks want a GPU; on a CPU, and for MNIST's strokes, the small one
+    # does.
+    large = device.type != "cpu" and args.dataset != "mnist"
+    args.model = args.model or ("base" if large else "small")
+    unet, defaults = NETWORKS[args.model](image_shape)
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return {"unet": unet, "schedule": args.schedule, "timesteps": args.timesteps,
+            "velocity": args.velocity, "image_shape": image_shape}
+
+
+# --------------------------------------------------------------------------------------
+# Datasets. A loader is called as load(root, train, image_shape, only), and returns
+# uint8 images (N, C, H, W), int64 labels (N,), and what a checkpoint remembers of them.
+#   root         the folder that holds it; None downloads into data/
+#   train        or the test part; images and labels are None where there is none
+#   image_shape  (C, H, W) to bring files to; None: its own; C None: grey if all are
+#   only         indices of the classes to read, and nothing of any other; None: all
 
 MNIST_5K = Path(__file__).parent / "tests" / "data" / "mnist_5k.npz"
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-DATASETS = ("mnist", "cifar10", "tiny-imagenet", "folder")
 
 
 def load_dataset(name, root=None, train=True, image_shape=None, only=None):
-    """The training images of dataset `name`, or its test images.
+    """The dataset `name`: (images, labels, data), by its loader, above.
 
-    root: folder that holds it, read and never downloaded to; None downloads into data/ (MNIST falls back to the 5,000
-    images that ship with the code). image_shape: (C, H, W) to bring files to; None takes the dataset's own, and for a
-    folder 32x32, grey if every image is. only: indices of the classes to read, and nothing of any other.
-    Returns (images (N, C, H, W) uint8, labels (N,) int64, data), where data = {"name", "source", "root", "classes", ...}
-    is what a checkpoint remembers, for `load_data_of`. Without a test part, train=False gives None for images and labels.
-    Raises UserError if the folder does not hold the dataset, or it cannot be downloaded.
+    data: {"name", "source", "root", "classes", ...}.  Raises UserError if the folder
+    does not hold it, or it cannot be downloaded.
     """
-    if name == "folder":
-        images, labels, data = load_folder(root, train, image_shape, only)
-    elif name == "tiny-imagenet":
-        images, labels, data = load_tiny_imagenet(root, train, image_shape, only)
-    else:
-        images, labels, data = (load_mnist if name == "mnist" else load_cifar10)(root, train)
-        images, labels = of_classes(images, labels, only)
+    images, labels, data = LOADERS[name](root, train, image_shape, only)
     return images, labels, {"name": name, "source": "torchvision", **data}
 
 
 def of_classes(images, labels, only):
-    """The images and labels of the classes `only` (indices): all for None, and as they are where there are none (no test part)."""
-    if images is None or only is None:
-        return images, labels
-    keep = torch.isin(labels, torch.tensor(only))
+    """The images and labels of the classes `only`; all for None."""
+    keep = slice(None) if only is None else torch.isin(labels, torch.tensor(only))
     return images[keep], labels[keep]
 
 
 @contextlib.contextmanager
 def quiet_download():
-    """torchvision prints a paragraph for each mirror that fails, and waits for ever on one that does not answer."""
+    """torchvision prints a paragraph per mirror that fails, and waits for ever on
+    one that does not answer."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
@@ -86,161 +363,216 @@ def quiet_download():
         socket.setdefaulttimeout(timeout)
 
 
-def load_mnist(root, train):
-    data = {"root": os.path.abspath(root or "data"), "classes": [str(digit) for digit in range(10)]}
-    if root is not None:
-        try:
-            dataset = MNIST(root, train=train, download=False)
-        except RuntimeError as e:
-            raise UserError(f"no MNIST in {root}: expected {Path(root) / 'MNIST' / 'raw'} as torchvision lays it out; "
-                            "leave --data-root away to download it") from e
-    else:
-        try:
-            with quiet_download():
-                dataset = MNIST("data", train=train, download=True)
-        except (RuntimeError, OSError) as e:
-            print(f"no network to download MNIST ({first_line(e)}): using the 5,000 MNIST images in {MNIST_5K.name}")
-            return load_mnist_5k(train, data)
-    return dataset.data[:, None], dataset.targets, data  # (N, 28, 28) -> (N, 1, 28, 28)
+def load_mnist(root, train, image_shape=None, only=None):
+    data = {"root": os.path.abspath(root or "data"), "classes": [str(d) for d in range(10)]}
+    try:
+        with quiet_download():
+            dataset = MNIST(root or "data", train=train, download=root is None)
+    except (RuntimeError, OSError) as e:
+        if root is not None:
+            raise UserError(f"no MNIST in {root}: expected {Path(root) / 'MNIST' / 'raw'} as "
+                            "torchvision lays it out; leave --data-root away to download it") from e
+        print(f"no network to download MNIST ({first_line(e)}): using the 5,000 MNIST images in "
+              f"{MNIST_5K.name}")
+        return load_mnist_5k(root, train, image_shape, only)
+    images, labels = of_classes(dataset.data[:, None], dataset.targets, only)
+    return images, labels, data  # (N, 28, 28) -> (N, 1, 28, 28)
 
 
-def load_mnist_5k(train, data):
-    """The 5,000 training images that ship with the code, 500 a digit (tests/data/README.md says where they come from). No test part."""
-    data = {**data, "source": MNIST_5K.name, "root": None}
+def load_mnist_5k(root, train, image_shape=None, only=None):
+    """The 5,000 training images that ship with the code, 500 per digit."""
+    data = {"source": MNIST_5K.name, "root": None, "classes": [str(d) for d in range(10)]}
     if not train:
         return None, None, data
     arrays = np.load(MNIST_5K)
-    return torch.from_numpy(arrays["images"])[:, None], torch.from_numpy(arrays["labels"]).long(), data
+    images, labels = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+    return *of_classes(images[:, None], labels.long(), only), data
 
 
-def load_cifar10(root, train):
+def load_cifar10(root, train, image_shape=None, only=None):
     try:
         with quiet_download():
             dataset = CIFAR10(root or "data", train=train, download=root is None)
     except (RuntimeError, OSError) as e:
-        raise UserError(no_dataset("CIFAR-10", root, "cifar-10-batches-py", CIFAR10.url, e)) from e
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
-    return images, torch.tensor(dataset.targets), {"root": os.path.abspath(root or "data"), "classes": dataset.classes}
+        folder = "cifar-10-batches-py"
+        raise UserError(no_dataset("CIFAR-10", root, folder, CIFAR10.url, e)) from e
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
+    data = {"root": os.path.abspath(root or "data"), "classes": dataset.classes}
+    return *of_classes(images, torch.tensor(dataset.targets), only), data
 
 
 def no_dataset(title, root, folder, url, error):
     """What to do about a dataset that is neither here nor to be had."""
     if root is not None:
-        return f"no {title} in {root}: expected {Path(root) / folder}; leave --data-root away to download it"
-    return (f"{title} cannot be downloaded ({first_line(error)}); where there is a network, fetch {url} and unpack it, "
-            f"then say with --data-root DIR which folder holds {folder}")
+        return (f"no {title} in {root}: expected {Path(root) / folder} ({first_line(error)}); "
+                "leave --data-root away to download it")
+    return (f"{title} cannot be downloaded ({first_line(error)}); where there is a network, fetch "
+            f"{url} and unpack it, then say with --data-root DIR which folder holds {folder}")
 
 
-def load_tiny_imagenet(root, train, image_shape, only):
-    """tiny ImageNet in its published layout: train/WNID/images/*.JPEG; val/images/*.JPEG with val/val_annotations.txt; words.txt.
-
-    Classes are WordNet ids (n01443537); data["words"] has what each means ("goldfish, Carassius auratus").
+def load_tiny_imagenet(root, train, image_shape=None, only=None):
+    """In its published layout: train/WNID/images/*.JPEG; val/images/*.JPEG with
+    val/val_annotations.txt; words.txt, whose words ("goldfish, Carassius auratus") go
+    into data["words"]. Classes are WordNet ids (n01443537).
     """
     folder = Path(root or "data") / "tiny-imagenet-200"
-    if root is None and not (folder / "wnids.txt").exists():
-        try:
-            with quiet_download():
-                download_and_extract_archive(TINY_IMAGENET, "data", md5="90528d7ca1a48142e341f4ef8d21d0de")
-        except (RuntimeError, OSError) as e:
-            raise UserError(no_dataset("tiny ImageNet", root, folder.name, TINY_IMAGENET, e)) from e
     try:
+        if root is None and not (folder / "wnids.txt").exists():
+            with quiet_download():
+                download_and_extract_archive(TINY_IMAGENET, "data",
+                                             md5="90528d7ca1a48142e341f4ef8d21d0de")
         classes = sorted((folder / "wnids.txt").read_text().split())
-        words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if line.strip())
-        if train:
-            files = [(p, i) for i, wnid in enumerate(classes) for p in sorted((folder / "train" / wnid / "images").glob("*.JPEG"))]
-        else:  # file name, WordNet id and a bounding box, between tabs
-            rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines() if line.strip()]
-            files = [(folder / "val" / "images" / row[0], classes.index(row[1])) for row in rows]
-    except (OSError, ValueError, IndexError) as e:
-        raise UserError(no_dataset("tiny ImageNet", root or "data", folder.name, TINY_IMAGENET, e) + f" ({first_line(e)})") from e
+        lines = (folder / "words.txt").read_text().splitlines()
+        words = dict(line.split("\t", 1) for line in lines if line.strip())
+        files = (tiny_imagenet_train if train else tiny_imagenet_val)(folder, classes)
+    except (RuntimeError, OSError, ValueError, IndexError) as e:
+        raise UserError(no_dataset("tiny ImageNet", root, folder.name, TINY_IMAGENET, e)) from e
     images, labels = read_labelled(files, image_shape or (3, 64, 64), only, folder)
-    return images, labels, {"root": str(folder.parent.resolve()), "classes": classes, "words": {wnid: words.get(wnid, wnid) for wnid in classes}}
+    return images, labels, {"root": str(folder.parent.resolve()), "classes": classes,
+                            "words": {wnid: words.get(wnid, wnid) for wnid in classes}}
 
 
-def load_folder(root, train, image_shape, only):
-    """A folder of images, one sub-folder a class (torchvision's ImageFolder); or one with such folders as train/ and test/ (or val/)."""
-    if root is None:
-        raise UserError("--dataset folder needs --data-root DIR, a folder with one sub-folder of images for each class")
+def tiny_imagenet_train(folder, classes):
+    folders = [folder / "train" / wnid / "images" for wnid in classes]
+    return [(p, i) for i, images in enumerate(folders) for p in sorted(images.glob("*.JPEG"))]
+
+
+def tiny_imagenet_val(folder, classes):
+    """Annotations: file name, WordNet id and a bounding box, between tabs."""
+    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    rows = [line.split("\t") for line in lines if line.strip()]
+    return [(folder / "val" / "images" / row[0], classes.index(row[1])) for row in rows]
+
+
+def load_folder(root, train, image_shape=None, only=None):
+    """One sub-folder of images per class (torchvision's ImageFolder); or such as train/
+    and test/ (or val/)."""
     part = Path(root)
-    if (part / "train").is_dir() and not any(p.suffix.lower() in IMG_EXTENSIONS for p in (part / "train").iterdir()):
-        tests = [part / name for name in ("test", "val") if (part / name).is_dir()]
-        part = part / "train" if train else tests[0] if tests else None
-    elif not train:
-        part = None
+    split = (part / "train").is_dir() and not any(map(is_image, (part / "train").iterdir()))
+    tests = [part / name for name in ("test", "val") if split and (part / name).is_dir()]
     data = {"source": "folder", "root": os.path.abspath(root)}
-    if part is None:
+    if not train and not tests:
         return None, None, data
+    if split:
+        part = part / "train" if train else tests[0]
     try:
         dataset = ImageFolder(part, allow_empty=False)
     except (FileNotFoundError, OSError) as e:
-        raise UserError(f"{part} is no folder of classes: it needs one sub-folder of images for each ({first_line(e)})") from e
+        raise UserError(f"{part} is not a folder of classes: it needs one sub-folder of images "
+                        f"for each ({first_line(e)})") from e
     images, labels = read_labelled(dataset.samples, image_shape or (None, 32, 32), only, part)
     return images, labels, {**data, "classes": dataset.classes}
 
 
+LOADERS = {"mnist": load_mnist, "cifar10": load_cifar10, "tiny-imagenet": load_tiny_imagenet,
+           "folder": load_folder}
+
+
+def load_data_of(checkpoint, data_root=None, train=True, only=None):
+    """The dataset that a checkpoint was trained on: (images, labels), or (None, None).
+
+    data_root overrides its folder.  only: as for the loaders.
+    """
+    data = checkpoint.data
+    if data_root is None and data["source"] == MNIST_5K.name:
+        return load_mnist_5k(None, train, None, only)[:2]
+    root = data_root or data["root"]
+    if data_root is None and root is not None and not os.path.isdir(root):
+        raise UserError(f"{checkpoint.path} was trained on {data['name']} in {root}, which is not "
+                        "there; say where with --data-root DIR")
+    shape = checkpoint.config["image_shape"]
+    images, labels, found = load_dataset(data["name"], root, train, shape, only)
+    if found.get("classes", data["classes"]) != data["classes"]:
+        raise UserError(f"the classes in {root} are not those that {checkpoint.path} was trained "
+                        "on; say where those are with --data-root DIR")
+    return images, labels
+
+
+# --------------------------------------------------------------------------------------
+# Image files, classes, pixels
+
+
+def is_image(path):
+    return path.suffix.lower() in IMG_EXTENSIONS
+
+
 def read_labelled(files, image_shape, only, folder):
-    """(path, label) pairs -> images (N, C, H, W) uint8, labels (N,), of the classes `only`."""
+    """(path, label) pairs -> images (N, C, H, W), labels (N,), of classes `only`."""
     files = [(path, label) for path, label in files if only is None or label in only]
     if not files:
         raise UserError(f"no images in {folder}")
-    return read_images([path for path, _ in files], image_shape), torch.tensor([label for _, label in files])
+    labels = torch.tensor([label for _, label in files])
+    return read_images([path for path, _ in files], image_shape), labels
+
+
+def read_image(path, size):
+    """An image file, centre-cropped to a square and resized: (3, size, size) uint8."""
+    try:
+        image = transforms.pil_to_tensor(default_loader(path))  # (3, H, W) uint8
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read the image {path} ({first_line(e)}): remove it, or convert "
+                        "it to PNG") from e
+    image = transforms.center_crop(image, [min(image.shape[1:])] * 2)
+    if image.shape[1] == size:
+        return image
+    return transforms.resize(image, [size, size], antialias=True)
 
 
 def read_images(paths, image_shape):
-    """Image files, centre-cropped to squares and resized: (N, C, S, S) uint8. image_shape: (C, S, S), C None: grey if all are.
-
-    Raises UserError, which names the file, for one that cannot be read.
+    """Image files as squares: (N, C, S, S). image_shape: (C, S, S), C None: grey if all
+    are. Raises UserError, which names the file, for one that cannot be read.
     """
     channels, size = image_shape[0], image_shape[-1]
-
-    def read(path):
-        try:
-            image = transforms.pil_to_tensor(default_loader(path))  # (3, H, W) uint8
-        except (OSError, ValueError) as e:
-            raise UserError(f"cannot read the image {path} ({first_line(e)}): remove it, or convert it to PNG") from e
-        image = transforms.center_crop(image, [min(image.shape[1:])] * 2)
-        return transforms.resize(image, [size, size], antialias=True) if image.shape[1] != size else image
-
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(os.cpu_count())  # decoding leaves Python's lock free
     try:
-        for i, image in enumerate(tqdm(pool.map(read, paths), total=len(paths), desc="reading images", unit="image", disable=len(paths) < 1000)):
+        decoded = pool.map(read_image, paths, [size] * len(paths))
+        for i, image in enumerate(tqdm(decoded, total=len(paths), desc="reading images",
+                                       unit="image", disable=len(paths) < 1000)):
             images[i] = image
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C waits for no further file
     if channels is None:
-        channels = 1 if all(torch.equal(c[:, :1].expand_as(c), c) for c in images.split(1000)) else 3
+        chunks = images.split(1000)
+        channels = 1 if all(torch.equal(c[:, :1].expand_as(c), c) for c in chunks) else 3
     return transforms.rgb_to_grayscale(images) if channels == 1 else images
 
 
 def load_images(folder, image_shape):
-    """Every image in a folder and below it, whatever it shows: (N, C, S, S) uint8. Raises UserError where there are none."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if os.path.isdir(folder) else []
+    """Every image in a folder and below it: (N, C, S, S). Raises UserError for none."""
+    paths = sorted(filter(is_image, Path(folder).rglob("*"))) if os.path.isdir(folder) else []
     if not paths:
-        raise UserError(f"no images in {folder}: expected a folder with files ending in {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"no images in {folder}: expected a folder with files ending in "
+                        f"{', '.join(IMG_EXTENSIONS)}")
     return read_images(paths, image_shape)
-
-
-def load_data_of(checkpoint, data_root=None, train=True, only=None):
-    """The dataset that a checkpoint was trained on: (images, labels), or (None, None) where it has no such part.
-
-    data_root overrides its folder. only: as in load_dataset.
-    """
-    data = checkpoint.data
-    if data_root is None and data["source"] == MNIST_5K.name:
-        return of_classes(*load_mnist_5k(train, data)[:2], only)
-    root = data_root or data["root"]
-    if data_root is None and root is not None and not os.path.isdir(root):
-        raise UserError(f"{checkpoint.path} was trained on {data['name']} in {root}, which is not there; say where with --data-root DIR")
-    images, labels, found = load_dataset(data["name"], root, train, checkpoint.config["image_shape"], only)
-    if found.get("classes", data["classes"]) != data["classes"]:
-        raise UserError(f"the classes in {root} are not those that {checkpoint.path} was trained on; say where those are with --data-root DIR")
-    return images, labels
 
 
 def title_of(data):
     """What files of this dataset are called: mnist, or the name of the folder."""
     return Path(data["root"]).name if data["name"] == "folder" else data["name"]
+
+
+def class_indices(names, data):
+    """Class names -> their indices; for WordNet ids the word does as well ("goldfish").
+
+    Raises UserError that lists the classes there are.
+    """
+    classes, words = data["classes"], data.get("words", {})
+    titles = {c: f"{c} ({words[c]})" if c in words else c for c in classes}
+    indices = set()
+    for name in names:
+        found = [i for i, c in enumerate(classes) if name == c]
+        for i, c in enumerate(classes if not found else ()):
+            word = words.get(c, c).lower()
+            if name.lower() in (c, word, *word.split(", ")):
+                found.append(i)
+        if not found:
+            raise UserError(f"no class {name!r}; the classes are: {', '.join(titles.values())}")
+        if len(found) > 1:
+            raise UserError(f"{name!r} is {' and '.join(titles[classes[i]] for i in found)}: "
+                            "give the id")
+        indices.add(found[0])
+    return sorted(indices)
 
 
 def mirror_half(x):
@@ -258,265 +590,58 @@ def to_uint8(images):
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def class_indices(names, data):
-    """Class names -> their indices; for WordNet ids the word does as well ("goldfish"). Raises UserError that lists the classes there are."""
-    classes, words = data["classes"], data.get("words", {})
-    indices = set()
-    for name in names:
-        known_as = lambda c: [c, words.get(c, c).lower(), *words.get(c, c).lower().split(", ")]
-        found = [i for i, c in enumerate(classes) if name == c] or [i for i, c in enumerate(classes) if name.lower() in known_as(c)]
-        if len(found) > 1:
-            raise UserError(f"{name!r} is {' and '.join(f'{classes[i]} ({words[classes[i]]})' for i in found)}: give the id")
-        if not found:
-            shown = [f"{c} ({words[c].split(', ')[0]})" if c in words else c for c in classes]
-            raise UserError(f"no class {name!r}; the classes are: {', '.join(shown)}")
-        indices.add(found[0])
-    return sorted(indices)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Network sizes, and how each is trained
-
-
-def network(model, image_shape):
-    """(UNet's arguments, training settings) of a size, "small" or "base", for images of a shape (C, H, W).
-
-    "small" works on 2x2 patches of a 28x28 or 32x32 image, and on larger patches of larger ones: two CPU cores train it in
-    a quarter of an hour for MNIST, half an hour for colour. (For MNIST, attention at 7x7 as well as in the middle costs a
-    third more time a step.) "base" is DDPM's network for CIFAR-10 and its training (Ho et al.
-    2020, appendix B): 35.7M parameters, attention at 16x16, eps predicted directly, for a GPU.
-    """
-    C, H, W = image_shape
-    if model == "base":
-        return (dict(in_channels=C, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
-                     attention_resolutions=(max(1, round(H / 16)),), num_heads=1, dropout=0.1),
-                dict(steps=200_000, batch_size=128, lr=2e-4, ema=0.9999, schedule="linear", velocity=False))
-    grey = C == 1
-    return (dict(in_channels=C, model_channels=32 if grey else 48, channel_mult=(1, 2, 4), num_res_blocks=1,
-                 attention_resolutions=() if grey else (2,), num_heads=4, patch_size=min(4, -(-H // 16))),
-            dict(steps=5500 if grey else 3500, batch_size=64, lr=2e-3, ema=0.998, schedule="cosine", velocity=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def learning_rate(step, args):
-    """Warm up over 200 steps, fall linearly to a tenth, then hold it there while the posterior is gathered.
-
-    The fall settles the weights; the constant rate keeps them wandering about one optimum, whose spread is sigma*.
-    """
-    warmup = min(1.0, (step + 1) / 200)
-    hold = posterior_start(args)
-    return args.lr * warmup * max(0.1, 1 - 0.9 * step / max(1, hold))
-
-
-def posterior_start(args):
-    """The step from which the weights enter the posterior."""
-    return int(args.steps * (1 - args.posterior_fraction))
-
-
-def batch_indices(step, n, batch_size, seed):
-    """Which images step number `step` sees: a function of the arguments alone, so that --resume needs no loader state."""
-    per_epoch = n // batch_size
-    epoch, i = divmod(step, per_epoch)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[i * batch_size : (i + 1) * batch_size]
-
-
-def rng_state(device):
-    state = {"cpu": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
-        state[device.type] = getattr(torch, device.type).get_rng_state()
-    return state
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state[device.type])
-
-
-def train(args):
-    """Run the command line's training. Raises UserError for bad settings and for a loss that is no number."""
-    if args.dataset == "folder" and args.data_root is None:
-        raise UserError("--dataset folder needs --data-root DIR, a folder with one sub-folder of images for each class")
-    if args.image_size is not None and (args.dataset != "folder" or args.image_size < 8):
-        raise UserError("--image-size is for --dataset folder, and at least 8; the other datasets have their own size")
-    output = args.output or f"checkpoints/{Path(args.data_root).resolve().name if args.dataset == 'folder' else args.dataset}.pt"
-    saved = None
-    if args.resume:
-        saved = read_file(output)
-        restore_settings(args, saved, output)
-    else:
-        if os.path.exists(output) and not args.overwrite:
-            raise UserError(f"{output} exists already; --resume continues it, --overwrite replaces it, --output FILE goes elsewhere")
-    given = lambda value, default: default if value is None else value  # None: the network's own, below
-    if given(args.steps, 1) < 1 or given(args.batch_size, 1) < 1:
-        raise UserError("--steps and --batch-size must be at least 1")
-    if not (given(args.lr, 1) > 0 and 0 < args.posterior_fraction <= 1 and 0 <= given(args.ema, 0) < 1):
-        raise UserError("need --lr > 0, 0 < --posterior-fraction <= 1 and 0 <= --ema < 1")
-    device = pick_device(args.device)
-    seed_everything(args.seed)
-
-    size = args.image_size or 32
-    images, labels, data = load_dataset(args.dataset, args.data_root, image_shape=(None, size, size) if args.dataset == "folder" else None)
-    excluded = class_indices(args.exclude_class, data)
-    images = images[~torch.isin(labels, torch.tensor(excluded))]
-    data = {**data, "excluded": [data["classes"][i] for i in excluded], "images": len(images)}
-    if saved is not None and saved["data"]["images"] != len(images):
-        raise UserError(f"{output} was trained on {saved['data']['images']} images, not {len(images)}; use its --data-root")
-    image_shape = tuple(images.shape[1:])
-    # The paper's networks want a GPU; on a CPU, and for MNIST's strokes anywhere, the small one is the sensible choice.
-    args.model = args.model or ("base" if device.type != "cpu" and args.dataset != "mnist" else "small")
-    unet_args, defaults = network(args.model, image_shape)
-    defaults["flip"] = image_shape[0] == 3  # mirrored photographs are photographs; mirrored digits and letters are not
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    batch_size = min(args.batch_size, len(images))
-    if device.type == "cuda" and images.nbytes < 2**32:
-        images = images.to(device)  # once, not a batch at a time
-
-    config = {"unet": unet_args, "schedule": args.schedule, "timesteps": args.timesteps, "velocity": args.velocity,
-              "image_shape": image_shape}
-    unet, diffusion = build(config, device)
-    parameters = list(unet.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
-    ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    running = RunningPosterior(unet.named_parameters())
-    start, losses = 0, []  # losses: (step, moving average), 200 or so over the run
-    if saved is not None:
-        losses = saved.get("losses", [])
-        unet.load_state_dict(saved["train"]["unet"])
-        optimizer.load_state_dict(saved["train"]["optimizer"])
-        ema.load_state_dict(saved["train"]["ema"])
-        running.load_state_dict(saved["train"]["running"])
-        set_rng_state(saved["rng"], device)
-        start = saved["step"]
-
-    print(f"{title_of(data)}: {len(images):,} images of {'x'.join(map(str, image_shape))} ({data['source']}), {args.model} U-Net of "
-          f"{count(sum(p.numel() for p in parameters))} parameters, {args.steps:,} steps of {batch_size} on {device}")
-
-    def save(step):
-        contents = {
-            "config": config, "data": data, "step": step, "settings": settings_of(args), "losses": losses,
-            "weights": ema.module.state_dict(),
-            "posterior": running.posterior().state_dict() if running.n > 1 else None,
-            "rng": rng_state(device),
-        }
-        if step < args.steps:  # what --resume needs and nobody else: left out once training is done
-            contents["train"] = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(),
-                                 "ema": ema.state_dict(), "running": running.state_dict()}
-        save_checkpoint(output, contents)
-
-    def draw(path):
-        ema.module.eval()
-        save_image(diffusion.sample(ema.module, 64, config["image_shape"], steps=25, seed=args.seed) / 2 + 0.5, path)
-        ema.module.train()
-
-    began = time.time()
-    average, last_save = None, start
-    with StopRequest() as stop, tqdm(total=args.steps * batch_size, initial=start * batch_size, unit="img", unit_scale=True,
-                                     desc="training", dynamic_ncols=True) as bar:
-        for step in range(start, args.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            index = batch_indices(step, len(images), batch_size, args.seed).to(images.device)
-            x0 = to_float(images[index].to(device))  # (B, C, H, W)
-            if args.flip:
-                x0 = mirror_half(x0)
-            value = training_step(unet, diffusion, optimizer, x0)
-            if not np.isfinite(value):
-                kept = f"{output} still holds step {last_save}; " if os.path.exists(output) and last_save else ""
-                raise UserError(f"the loss became {value} at step {step}; {kept}try a smaller --lr than {args.lr:g}")
-            ema.update_parameters(unet)
-            if step >= posterior_start(args) and (step % args.posterior_every == 0 or step == args.steps - 1):
-                running.update(unet.named_parameters())
-
-            average = value if average is None else 0.99 * average + 0.01 * value
-            if (step + 1) % max(1, args.steps // 200) == 0:
-                losses.append((step + 1, average))
-            bar.update(batch_size)
-            if step == start + 20:  # the first ones are slower
-                warm = time.time()
-            if step == start + 40:
-                left = (args.steps - step) * (time.time() - warm) / 20
-                bar.write("at this speed the training takes " + (f"{left / 60:.0f} minutes" if left < 5400 else f"{left / 3600:.1f} hours"))
-            bar.set_postfix(loss=f"{average:.4f}", step=step + 1, posterior=running.n, refresh=False)
-            if args.sample_every and (step + 1) % args.sample_every == 0:
-                draw(Path(output).with_suffix(f".{step + 1}.png"))
-            if stop.requested or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save(step + 1)
-                last_save = step + 1
-            if stop.requested and step + 1 < args.steps:
-                bar.close()
-                print(f"interrupted: saved step {step + 1} of {args.steps} in {output}; continue with --resume")
-                raise KeyboardInterrupt
-    print(f"wrote {output} ({time.time() - began:.0f} s, peak memory {peak_memory(device)}); loss along the way: "
-          + " ".join(f"{value:.4f}" for _, value in losses[:: max(1, len(losses) // 9)]))
-    grid = Path(output).with_suffix(".png")
-    draw(grid)
-    print(f"wrote {grid}, a grid of samples")
-
-
-SETTINGS = ("dataset", "model", "image_size", "steps", "batch_size", "lr", "ema", "schedule", "timesteps", "velocity", "flip",
-            "posterior_fraction", "posterior_every", "exclude_class", "seed")
-
-
-def settings_of(args):
-    return {name: getattr(args, name) for name in SETTINGS}
-
-
-def restore_settings(args, saved, path):
-    """Continue with the settings that the run began with; refuse a flag that says otherwise."""
-    if not isinstance(saved, dict) or "settings" not in saved:
-        raise UserError(f"{path} is no checkpoint of train_ddpm.py")
-    if "train" not in saved:
-        raise UserError(f"{path} is finished ({saved['step']} steps): nothing to resume; --overwrite starts anew")
-    defaults = parser().parse_args([])
-    for name, value in saved["settings"].items():
-        if name == "velocity":  # no flag of its own: it goes with the model
-            args.velocity = value
-            continue
-        if getattr(args, name) not in (value, getattr(defaults, name)):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{path} was begun with {flag} {value}; --resume cannot change it to {getattr(args, name)}")
-        setattr(args, name, value)
-    if args.data_root is None:
-        args.data_root = saved["data"]["root"]
+# --------------------------------------------------------------------------------------
+# The command line
 
 
 def parser():
-    small, base, grey = network("small", (3, 32, 32))[1], network("base", (3, 32, 32))[1], network("small", (1, 28, 28))[1]
-    default = lambda name: (f"(default: {small[name]} for small, " + (f"{grey[name]} if grey, " if grey[name] != small[name] else "")
-                            + f"{base[name]} for base)")
+    small, base = (network((3, 32, 32))[1] for network in NETWORKS.values())
+    grey = small_network((1, 28, 28))[1]
+
+    def default(name):
+        of_grey = f"{grey[name]} if grey, " if grey[name] != small[name] else ""
+        return f"(default: {small[name]} for small, {of_grey}{base[name]} for base)"
+
     p = ArgumentParser(prog="train_ddpm.py", description=__doc__)
-    p.add_argument("--dataset", choices=DATASETS, default="mnist", help="what to learn; folder: your own images, one sub-folder a class")
-    p.add_argument("--data-root", metavar="DIR", help="folder that holds the dataset already (default: download into data/); with --dataset "
-                                                      "folder the one with the classes, or with train/ and test/ folders of classes")
-    p.add_argument("--image-size", type=int, metavar="N", help="with --dataset folder: images are cropped to squares and resized to NxN (default: 32)")
-    p.add_argument("--model", choices=("small", "base"), help="small: for two CPU cores; base: DDPM's 35.7M parameters, for a GPU (default: small "
-                                                              "on a CPU and for mnist, else base)")
-    p.add_argument("--output", metavar="FILE", help="checkpoint to write (default: checkpoints/DATASET.pt)")
-    p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    p.add_argument("--resume", action="store_true", help="continue an interrupted run, to the result it would have had")
+    p.add_argument("--dataset", choices=LOADERS, default="mnist",
+                   help="what to learn; folder: your own images, one sub-folder per class")
+    p.add_argument("--data-root", metavar="DIR",
+                   help="folder that holds the dataset already (default: download into data/); "
+                        "with --dataset folder the one with the classes, or with train/ and test/ "
+                        "folders of classes")
+    p.add_argument("--image-size", type=number(int, 8), metavar="N",
+                   help="with --dataset folder: crop images to squares and resize them to NxN "
+                        "(default: 32)")
+    p.add_argument("--model", choices=NETWORKS,
+                   help="small: for two CPU cores; base: DDPM's 35.7M parameters, for a GPU "
+                        "(default: small on a CPU and for mnist, otherwise base)")
+    p.add_argument("--output", metavar="FILE",
+                   help="checkpoint to write (default: checkpoints/DATASET.pt)")
+    p.add_argument("--resume", action="store_true",
+                   help="continue an interrupted run, to the result it would have had")
     p.add_argument("--exclude-class", nargs="+", default=[], metavar="CLASS",
-                   help="leave these classes out: the model retrained without them is the oracle of unlearning")
-    p.add_argument("--steps", type=int, help=f"gradient steps {default('steps')}")
-    p.add_argument("--batch-size", type=int, help=f"images a step; small batches and many steps win on a CPU {default('batch_size')}")
-    p.add_argument("--lr", type=float, help=f"AdamW's highest learning rate {default('lr')}")
-    p.add_argument("--ema", type=float, help=f"decay of the moving average of the weights, theta* {default('ema')}")
-    p.add_argument("--schedule", choices=("linear", "cosine"), help=f"noise schedule {default('schedule')}")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: for colour images)")
-    p.add_argument("--timesteps", type=int, default=1000, help="T, the length of the diffusion")
-    p.add_argument("--posterior-fraction", type=float, default=0.25,
-                   help="share of training, at its end, over which the weights' mean and spread become the posterior")
-    p.add_argument("--posterior-every", type=int, default=5, metavar="N", help="take every N-th step's weights into it")
-    p.add_argument("--sample-every", type=int, default=0, metavar="N", help="draw a grid of samples every N steps (0: at the end only)")
-    p.add_argument("--save-every", type=int, default=1000, metavar="N", help="save every N steps, in case the machine stops")
-    p.add_argument("--seed", type=seed_number, default=0, help="repeats a run on the same machine")
-    p.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
+                   help="leave these classes out: the model retrained without them is the oracle "
+                        "of unlearning")
+    p.add_argument("--steps", type=number(int, 1), help=f"gradient steps {default('steps')}")
+    p.add_argument("--batch-size", type=number(int, 1),
+                   help="images per step; small batches and many steps win on a CPU "
+                        f"{default('batch_size')}")
+    p.add_argument("--lr", type=number(float, 0, above=True),
+                   help=f"AdamW's highest learning rate {default('lr')}")
+    p.add_argument("--schedule", choices=("linear", "cosine"),
+                   help=f"noise schedule {default('schedule')}")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                   help="mirror half of the images (default: for colour images)")
+    p.add_argument("--timesteps", type=number(int, 25), default=1000,
+                   help="T, the length of the diffusion")
+    p.add_argument("--posterior-fraction", type=number(float, 0, 1, above=True), default=0.25,
+                   help="share of training, at its end, over which the weights' mean and spread "
+                        "become the posterior")
+    p.add_argument("--posterior-every", type=number(int, 1), default=5, metavar="N",
+                   help="take every N-th step's weights into it")
+    p.add_argument("--save-every", type=number(int, 1), default=1000, metavar="N",
+                   help="save every N steps, in case the machine stops")
+    add_shared_flags(p)
     return p
 
 

@@ -1,17 +1,20 @@
 """The network eps_theta(x_t, t): one U-Net for every dataset of this repository.
 
-Holds    UNet and its blocks: sinusoidal time embedding, residual block, self-attention, down- and upsampling; and, for
-         text-to-image models, the spatial transformer, which attends to the prompt as well.
+Holds    UNet and its blocks: sinusoidal time embedding, residual block, self-attention,
+         down- and upsampling; for text-to-image models the spatial transformer, which
+         attends to the prompt as well; and the names that others give to the weights.
 Reads    nothing.            Writes    nothing.
-Paper    VDU (arXiv 2510.04058) takes this network as given: it unlearns by moving its weights, theta.
-         The architecture is DDPM's (Ho et al. 2020, appendix B); the module names are those of Stable
-         Diffusion v1's checkpoints, below `model.diffusion_model.`, so that the same class can load them.
+Paper    VDU (arXiv 2510.04058) takes this network as given: it moves its weights.
+         The architecture is DDPM's (Ho et al. 2020, appendix B); the modules bear the
+         names of Stable Diffusion v1's files, so that the same class can load those.
 
-Shapes in the comments: B images, C channels, H x W pixels, E = 4 * model_channels (the time embedding's width),
-L tokens of context_dim numbers (the encoded prompt), h attention heads.
+Shapes in the comments: B images, C channels, H x W pixels, E = 4 * model_channels (the
+time embedding's width), L tokens of context_dim numbers (the encoded prompt), h
+attention heads.
 """
 
 import math
+import re
 
 import torch
 import torch.nn as nn
@@ -20,40 +23,44 @@ from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(t, dim, max_period=10_000, sin_first=False):
-    """Sinusoidal embedding of the time step (Vaswani et al. 2017, section 3.5; DDPM, appendix B).
+    """Sinusoidal embedding of the time step (Vaswani et al. 2017, section 3.5).
 
-    t: (B,) step indices, integer or float.  Returns (B, dim) float32: cos(t w_k) beside sin(t w_k), with
-    frequencies w_k falling geometrically from 1 to 1/max_period: the slow ones tell early from late, the fast
-    ones tell neighbouring steps apart.  sin_first: DDPM's own order, and the last frequency 1/max_period itself, where
-    Stable Diffusion's stop one short of it.
+    t: (B,) step indices, integer or float.  Returns (B, dim) float32: cos(t w_k) beside
+    sin(t w_k), with frequencies w_k falling geometrically from 1 to 1/max_period: the
+    slow ones tell early from late, the fast ones tell neighbouring steps apart.
+    sin_first: DDPM's own order, which reaches the last frequency 1/max_period itself,
+    where Stable Diffusion's stops one short of it.
     """
     half = dim // 2
     last = half - 1 if sin_first else half
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / last)
+    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    freqs = torch.exp(-math.log(max_period) * k / last)
     args = t.float()[:, None] * freqs[None]  # (B, half)
-    emb = torch.cat([args.sin(), args.cos()] if sin_first else [args.cos(), args.sin()], dim=1)  # (B, 2*half)
-    return F.pad(emb, (0, dim % 2))  # (B, dim)
+    emb = [args.sin(), args.cos()] if sin_first else [args.cos(), args.sin()]
+    return F.pad(torch.cat(emb, dim=1), (0, dim % 2))  # (B, dim)
 
 
 def normalization(channels, eps=1e-5):
-    """GroupNorm in 32 groups, or in the most that divide both 32 and `channels` (narrow networks)."""
+    """GroupNorm in 32 groups, or in the most that divide both 32 and `channels`."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
 
 
 def zero_module(module):
-    """Zero the weights: a residual branch that starts at zero starts the block as the identity."""
+    """Zero the weights: a residual branch that starts so starts as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 class ResBlock(nn.Module):
-    """x + f(x, t): two 3x3 convolutions, with the time embedding added between them, channel by channel."""
+    """x + f(x, t): two 3x3 convolutions, the time embedding added between them."""
 
     def __init__(self, channels, out_channels, emb_channels, dropout, norm_eps=1e-5):
         super().__init__()
         self.in_layers = nn.Sequential(
-            normalization(channels, norm_eps), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            normalization(channels, norm_eps),
+            nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
@@ -62,16 +69,18 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
 
     def forward(self, x, emb):
         h = self.in_layers(x)  # (B, C, H, W) -> (B, C', H, W)
-        h = h + self.emb_layers(emb)[:, :, None, None]  # (B, E) -> (B, C', 1, 1), the same for every pixel
+        h = h + self.emb_layers(emb)[:, :, None, None]  # (B, E) -> (B, C', 1, 1): every pixel's
         return self.skip_connection(x) + self.out_layers(h)  # (B, C', H, W)
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(x): every pixel attends to every pixel, so that distant strokes can agree."""
+    """x + attention(x): every pixel attends to every pixel: distant strokes agree."""
 
     def __init__(self, channels, num_heads, norm_eps=1e-5):
         super().__init__()
@@ -83,14 +92,21 @@ class AttentionBlock(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x).flatten(2))  # (B, C, HW) -> (B, 3C, HW)
-        q, k, v = qkv.view(B, 3, self.num_heads, C // self.num_heads, H * W).transpose(3, 4).unbind(1)  # (B, h, HW, C/h)
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(C/h)) v: (B, h, HW, C/h)
+        qkv = qkv.view(B, 3, self.num_heads, C // self.num_heads, H * W).transpose(3, 4)
+        q, k, v = qkv.unbind(1)  # 3 x (B, h, HW, C/h)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(C/h)) v
         h = h.transpose(2, 3).reshape(B, C, H * W)
         return x + self.proj_out(h).view(B, C, H, W)
 
 
+def split_heads(x, num_heads):
+    """(B, N, C) -> (B, h, N, C/h)."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
 class CrossAttention(nn.Module):
-    """Attention from x to a context: to the encoded prompt, or to x itself where there is none (Rombach et al. 2022, section 3.3)."""
+    """Attention from x to a context: the encoded prompt, or x where there is none
+    (Rombach et al. 2022, section 3.3)."""
 
     def __init__(self, channels, context_dim, num_heads):
         super().__init__()
@@ -98,17 +114,18 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Identity())  # in the published model, a dropout of 0
+        # the second is a dropout of 0 in the published model
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Identity())
 
     def forward(self, x, context=None):
         context = x if context is None else context  # (B, L, context_dim)
-        heads = lambda y: y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, h, N, C/h)
-        h = F.scaled_dot_product_attention(heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context)))
+        qkv = (self.to_q(x), self.to_k(context), self.to_v(context))
+        h = F.scaled_dot_product_attention(*(split_heads(y, self.num_heads) for y in qkv))
         return self.to_out(h.transpose(1, 2).flatten(2))  # (B, h, N, C/h) -> (B, N, C)
 
 
 class GEGLU(nn.Module):
-    """a * gelu(b), with a and b two linear maps of x (Shazeer 2020): one half gates the other."""
+    """a * gelu(b), a, b linear maps of x: one half gates the other (Shazeer 2020)."""
 
     def __init__(self, channels, out_channels):
         super().__init__()
@@ -124,14 +141,16 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(
+            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
 
     def forward(self, x):
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """Pixels attend to each other (attn1), then to the prompt (attn2), then each by itself (ff)."""
+    """Pixels attend to each other (attn1), to the prompt (attn2), then alone (ff)."""
 
     def __init__(self, channels, context_dim, num_heads):
         super().__init__()
@@ -147,13 +166,15 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x + transformer(x, context): where the prompt enters the network, and all of where it does."""
+    """x + transformer(x, context): where the prompt enters the network."""
 
     def __init__(self, channels, num_heads, context_dim):
         super().__init__()
-        self.norm = normalization(channels, eps=1e-6)  # Stable Diffusion's own eps; its residual blocks keep 1e-5
+        self.norm = normalization(channels, eps=1e-6)  # here alone; its residual blocks keep 1e-5
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, context_dim, num_heads)]
+        )
         self.proj_out = zero_module(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x, context):
@@ -167,7 +188,8 @@ class SpatialTransformer(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width with a strided convolution (an odd size rounds up).
 
-    pad_end: a border of zeros at the right and the bottom only, as TensorFlow pads and DDPM's own weights expect.
+    pad_end: a border of zeros at the right and the bottom only, as TensorFlow pads and
+    DDPM's own weights expect.
     """
 
     def __init__(self, channels, pad_end=False):
@@ -182,18 +204,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Return to the size that the matching skip connection has: exactly double, or one less for odd sizes."""
+    """Return to the matching skip connection's size: double, or one less."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size):
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, h, w) -> (B, C, H, W)
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # -> (B, C, *size)
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Call each layer with what it needs beside x: the time embedding, the encoded prompt, or the size to return to."""
+    """Call each layer with what it needs beside x: time, prompt, or size."""
 
     def forward(self, x, emb, context=None, size=None):
         for layer in self:
@@ -209,44 +231,53 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t) of DDPM (Ho et al. 2020): predicts the noise eps in x_t = sqrt(abar_t) x_0 + sqrt(1-abar_t) eps.
+    """eps_theta(x_t, t): predicts eps in x_t = sqrt(abar_t) x_0 + sqrt(1-abar_t) eps.
 
     in_channels            channels of the images (and of the noise it returns)
     model_channels         width of the first level
-    channel_mult           width of each level, as a multiple of model_channels; each level halves the resolution
-    num_res_blocks         residual blocks a level on the way down (one more on the way up)
-    attention_resolutions  downsampling factors (1, 2, 4, ...) of the levels that have attention
+    channel_mult           width of each level, in model_channels; each halves the size
+    num_res_blocks         residual blocks per level on the way down (one more up)
+    attention_resolutions  downsampling factors (1, 2, 4, ...) of levels with attention
     num_heads              attention heads
-    context_dim            None: self-attention, and no context. Else a spatial transformer stands in its place, which
-                           attends to a context of that width too: Stable Diffusion's encoded prompt.
+    context_dim            None: self-attention, and no context. Otherwise a spatial
+                           transformer stands in its place and attends to a context of
+                           that width too: Stable Diffusion's encoded prompt.
     dropout                inside the residual blocks
-    patch_size             space-to-depth factor p: the network works on (H/p) x (W/p) "pixels" of p*p*C numbers, and
-                           its output is rearranged back. 2 costs a quarter of 1 for the same width.
-    alpha_bar              None: the last layer's output F is eps_theta itself, as in DDPM and Stable Diffusion.
-                           A (T,) schedule: eps_theta = sqrt(1-abar_t) x_t + sqrt(abar_t) F. Still a prediction of
-                           eps, and still the same loss, but F is then the velocity v of Salimans & Ho (2022), of
-                           unit scale at every t. Without it, at t near T, eps_theta must copy x_t through all its
-                           layers to within sqrt(abar_t), as an error e in eps is one of e*sqrt((1-abar_t)/abar_t)
-                           in x_0, which bfloat16's three digits cannot give.
+    patch_size             space-to-depth factor p: the network works on (H/p) x (W/p)
+                           "pixels" of p*p*C numbers. 2 costs a quarter of 1.
+    alpha_bar              None: the last layer gives eps_theta itself, as in DDPM and
+                           Stable Diffusion. A (T,) schedule: that output is v, and
+                           eps_theta = sqrt(1-abar_t) x_t + sqrt(abar_t) v. Still a
+                           prediction of eps, and the same loss, but the network
+                           computes the velocity of Salimans & Ho (2022), of unit scale
+                           at every t. Without it, near t = T, it must copy x_t through
+                           all its layers to within sqrt(abar_t), since an error e in
+                           eps is one of e sqrt((1-abar_t)/abar_t) in x_0: more than
+                           bfloat16 can give.
     norm_eps, sin_first, pad_end
-                           1e-6, True, True: what DDPM's published weights were trained with, see normalization,
-                           timestep_embedding, Downsample.
+                           1e-6, True, True in DDPM's published weights; see
+                           normalization, timestep_embedding, Downsample.
     """
 
     def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
-                 attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1, alpha_bar=None, context_dim=None,
-                 norm_eps=1e-5, sin_first=False, pad_end=False):
+                 attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1,
+                 alpha_bar=None, context_dim=None, norm_eps=1e-5, sin_first=False, pad_end=False):
         super().__init__()
         self.model_channels, self.sin_first = model_channels, sin_first
         self.patch_size = patch_size
-        self.gradient_checkpointing = False  # True: keep no activation inside a block, compute it again on the way back
-        # The schedule is no parameter of the network and lives in ddpm.py: persistent=False keeps it out of state_dict.
+        self.gradient_checkpointing = False  # True: compute activations again on the way back
+        # The schedule belongs to ddpm.py: persistent=False keeps it out of state_dict.
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
 
         emb_channels = 4 * model_channels
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            nn.Linear(model_channels, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
         )
+
+        def residual(channels, out_channels):
+            return ResBlock(channels, out_channels, emb_channels, dropout, norm_eps)
 
         def attention(channels):
             if context_dim is None:
@@ -255,12 +286,13 @@ class UNet(nn.Module):
 
         ch = model_channels
         io_channels = in_channels * patch_size**2
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(io_channels, ch, 3, padding=1))])
+        first = nn.Conv2d(io_channels, ch, 3, padding=1)
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
         skip_channels = [ch]  # what each input block hands across to its output block
         factor = 1  # downsampling so far
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [ResBlock(ch, mult * model_channels, emb_channels, dropout, norm_eps)]
+                layers = [residual(ch, mult * model_channels)]
                 ch = mult * model_channels
                 if factor in attention_resolutions:
                     layers.append(attention(ch))
@@ -272,15 +304,13 @@ class UNet(nn.Module):
                 factor *= 2
 
         self.middle_block = TimestepEmbedSequential(
-            ResBlock(ch, ch, emb_channels, dropout, norm_eps),
-            attention(ch),
-            ResBlock(ch, ch, emb_channels, dropout, norm_eps),
+            residual(ch, ch), attention(ch), residual(ch, ch)
         )
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [ResBlock(ch + skip_channels.pop(), mult * model_channels, emb_channels, dropout, norm_eps)]
+                layers = [residual(ch + skip_channels.pop(), mult * model_channels)]
                 ch = mult * model_channels
                 if factor in attention_resolutions:
                     layers.append(attention(ch))
@@ -289,23 +319,23 @@ class UNet(nn.Module):
                     factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
-        self.out = nn.Sequential(
-            normalization(ch, norm_eps), nn.SiLU(), zero_module(nn.Conv2d(ch, io_channels, 3, padding=1))
-        )
+        last = zero_module(nn.Conv2d(ch, io_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(ch, norm_eps), nn.SiLU(), last)
 
     def forward(self, x, t, context=None, return_middle=False):
-        """x: (B, C, H, W) noisy images x_t.  t: (B,) step indices 0 .. T-1.  Returns eps_theta: (B, C, H, W) float32.
+        """x: (B, C, H, W) images x_t.  t: (B,) indices.  Returns eps_theta, like x.
 
         context: (B, L, context_dim), the encoded prompts, where the network takes any.
-        return_middle=True returns the middle block's features (B, C', h, w) instead: what the network itself
-        sees in an image (vdu.py uses them to tell which images look like the forget set).
+        return_middle=True returns the middle block's features (B, C', h, w) instead:
+        what the network itself sees in an image.
         """
         H, W = x.shape[-2:]
         p = self.patch_size
-        h = F.pad(x, (0, -W % p, 0, -H % p))  # to a multiple of p, where the size is none
+        h = F.pad(x, (0, -W % p, 0, -H % p))  # to a multiple of p
         h = F.pixel_unshuffle(h, p)  # (B, C, H, W) -> (B, C*p*p, H/p, W/p)
 
-        emb = self.time_embed(timestep_embedding(t, self.model_channels, sin_first=self.sin_first))  # (B,) -> (B, E)
+        emb = timestep_embedding(t, self.model_channels, sin_first=self.sin_first)
+        emb = self.time_embed(emb)  # (B, E)
         skips = []
         for block in self.input_blocks:
             h = self._call(block, h, emb, context)
@@ -316,7 +346,7 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C_skip, h, w)
             h = self._call(block, h, emb, context, skips[-1].shape[-2:] if skips else None)
-        h = F.pixel_shuffle(self.out(h).float(), p)[..., :H, :W]  # (B, C*p*p, H/p, W/p) -> (B, C, H, W)
+        h = F.pixel_shuffle(self.out(h).float(), p)[..., :H, :W]  # -> (B, C, H, W)
 
         if self.alpha_bar is None:
             return h
@@ -327,3 +357,122 @@ class UNet(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
+
+
+# --------------------------------------------------------------------------------------
+# The names in which others publish DDPM's weights: "original", the converted TensorFlow
+# weights (ema_diffusion_cifar10_model-790000.ckpt), and "diffusers"
+# (diffusion_pytorch_model.bin of google/ddpm-cifar10-32, whose attention has two
+# spellings).
+
+NAMES = [row.split() for row in """
+    time_embed.0.       temb.dense.0.       time_embedding.linear_1.
+    time_embed.2.       temb.dense.1.       time_embedding.linear_2.
+    input_blocks.0.0.   conv_in.            conv_in.
+    middle_block.0.     mid.block_1.        mid_block.resnets.0.
+    middle_block.1.     mid.attn_1.         mid_block.attentions.0.
+    middle_block.2.     mid.block_2.        mid_block.resnets.1.
+    out.0.              norm_out.           conv_norm_out.
+    out.2.              conv_out.           conv_out.
+    .in_layers.0.       .norm1.             .norm1.
+    .in_layers.2.       .conv1.             .conv1.
+    .emb_layers.1.      .temb_proj.         .time_emb_proj.
+    .out_layers.0.      .norm2.             .norm2.
+    .out_layers.3.      .conv2.             .conv2.
+    .skip_connection.   .nin_shortcut.      .conv_shortcut.
+    .norm.              .norm.              .group_norm.
+    .q.                 .q.                 .query.
+    .k.                 .k.                 .key.
+    .v.                 .v.                 .value.
+    .proj_out.          .proj_out.          .proj_attn.
+""".strip().splitlines()]
+NEW_SPELLING = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."),
+                (".to_out.0.", ".proj_attn."))
+
+
+def renamed(name, renamings):
+    for old, new in renamings:
+        name = name.replace(old, new)
+    return name
+
+
+def block_names(levels, blocks, attention, diffusers):
+    """(prefix of unet.py, prefix in the layout), in the order of UNet.__init__.
+
+    levels: how many.  blocks: residual ones per level on the way down.  attention: the
+    levels that have it. Diffusers counts the upward levels from the coarsest.
+    """
+    suffix, block, attn = ("_blocks", "resnets", "attentions") if diffusers else (
+        "", "block", "attn")
+    n, middle = 1, "downsamplers.0" if diffusers else "downsample"
+    for level in range(levels):
+        for i in range(blocks):
+            yield f"input_blocks.{n}.0.", f"down{suffix}.{level}.{block}.{i}."
+            yield f"input_blocks.{n}.1.", f"down{suffix}.{level}.{attn}.{i}."
+            n += 1
+        yield f"input_blocks.{n}.0.op.", f"down{suffix}.{level}.{middle}.conv."
+        n += 1
+    n, middle = 0, "upsamplers.0" if diffusers else "upsample"
+    for level in reversed(range(levels)):
+        up = f"up{suffix}.{levels - 1 - level if diffusers else level}"
+        for i in range(blocks + 1):
+            yield f"output_blocks.{n}.0.", f"{up}.{block}.{i}."
+            if level in attention:
+                yield f"output_blocks.{n}.1.", f"{up}.{attn}.{i}."
+            n += 1
+        yield f"output_blocks.{n - 1}.{1 + (level in attention)}.conv.", f"{up}.{middle}.conv."
+
+
+def published_sizes(tensors):
+    """UNet's arguments, read off published tensors. Raises ValueError if it cannot."""
+    pattern = re.compile(r"down(?:_blocks)?\.(\d+)\.(\w+)\.(\d+)\.conv1\.weight")
+    convs = {(int(m[1]), int(m[3])): tensors[m[0]] for m in map(pattern.match, tensors) if m}
+    levels, blocks = (1 + max((key[i] for key in convs), default=-1) for i in (0, 1))
+    if "conv_in.weight" not in tensors or not all((level, 0) in convs for level in range(levels)):
+        raise ValueError("is cut short: it lacks conv_in or whole levels")
+    width, in_channels = tensors["conv_in.weight"].shape[:2]
+    pattern = re.compile(r"down(?:_blocks)?\.(\d+)\.(?:attn|attentions)\.0\.")
+    attention = sorted({int(m[1]) for m in map(pattern.match, tensors) if m})
+    return dict(in_channels=in_channels, model_channels=width,
+                channel_mult=[convs[level, 0].shape[0] // width for level in range(levels)],
+                num_res_blocks=blocks, attention_resolutions=[2**level for level in attention],
+                num_heads=1, dropout=0.1, norm_eps=1e-6, sin_first=True, pad_end=True)
+
+
+def from_published(tensors):
+    """Published weights of an unconditional DDPM -> (UNet's arguments, its state dict).
+
+    tensors: what the file holds, by its names.  Returns None for a file in neither
+    layout. Raises ValueError, which lists the names, where tensors are missing, too
+    many or of another shape.
+    """
+    diffusers = "time_embedding.linear_1.weight" in tensors
+    if not diffusers and "temb.dense.0.weight" not in tensors:
+        return None
+    tensors = {renamed(k, NEW_SPELLING): v for k, v in tensors.items()}
+    sizes = published_sizes(tensors)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in UNet(**sizes).state_dict().items()}
+    attention = [int(math.log2(factor)) for factor in sizes["attention_resolutions"]]
+    renamings = [*block_names(len(sizes["channel_mult"]), sizes["num_res_blocks"], attention,
+                              diffusers), *((row[0], row[1 + diffusers]) for row in NAMES)]
+    names = {}  # ours: theirs, three where unet.py keeps q, k and v as one tensor
+    for ours in shapes:
+        split = [ours.replace(".qkv.", f".{x}.") for x in "qkv"] if ".qkv." in ours else [ours]
+        names[ours] = [renamed(name, renamings) for name in split]
+    wanted = {name for theirs in names.values() for name in theirs}
+    missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    if missing:
+        raise ValueError(f"lacks: {', '.join(missing)}")
+    if extra:
+        raise ValueError(f"has names of no use: {', '.join(extra)}")
+
+    weights = {}
+    for ours, theirs in names.items():
+        joined = torch.cat([tensors[name].float() for name in theirs])
+        if joined.numel() != shapes[ours].numel():
+            raise ValueError(f"{', '.join(theirs)} has the shape {tuple(joined.shape)}, "
+                             f"not {tuple(shapes[ours])}")
+        # attention as a matrix or as a 1x1 convolution: the same numbers
+        weights[ours] = joined.reshape(shapes[ours])
+    return sizes, weights

@@ -20,6 +20,12 @@ from sd_unlearn import LATENT_SCALE, PREFIX, TEMPLATES, Autoencoder, TextEncoder
 from unet import UNet
 
 SIZE, SHAPES = 16, ("circle", "square")
+SIZES = {  # in place of sd_unlearn.SIZES
+    "unet": dict(in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_heads=4,
+                 context_dim=32),
+    "autoencoder": dict(ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels=4),
+    "text_encoder": dict(vocab_size=518, width=32, layers=2, num_heads=4, mlp_width=128),
+}
 
 
 def draw(shape, radius, dy, dx):
@@ -58,7 +64,7 @@ def train(folder, seed=0, ae_steps=200, steps=500):
     tokenizer = Tokenizer(folder / "merges.txt")
     images = torch.cat([drawings(shape, 1000, i) for i, shape in enumerate(SHAPES)])  # (2000, 3, 16, 16)
 
-    autoencoder = Autoencoder(ch=16, ch_mult=(1, 2), num_res_blocks=1)
+    autoencoder = Autoencoder(**SIZES["autoencoder"])
     optimizer = torch.optim.Adam(autoencoder.parameters(), 2e-3)
     for _ in range(ae_steps):
         x = images[torch.randint(len(images), (16,))]
@@ -80,8 +86,8 @@ def train(folder, seed=0, ae_steps=200, steps=500):
         autoencoder.post_quant_conv.weight /= scale
         latents = torch.cat([autoencoder.to_latents(x) for x in images.split(500)])  # (2000, 4, 8, 8)
 
-    text = TextEncoder(len(tokenizer.id), 32, 2, 4, 128)
-    unet = UNet(4, 32, (1, 2), 1, (2,), 4, context_dim=32)
+    text = TextEncoder(**SIZES["text_encoder"])
+    unet = UNet(**SIZES["unet"])
     diffusion = Diffusion("scaled_linear", 1000)
     prompts = [template.format(shape) for shape in SHAPES for template in TEMPLATES] + [""]
     ids, meaning = tokenizer(prompts), torch.tensor([1.0] * len(TEMPLATES) + [-1.0] * len(TEMPLATES) + [0.0])

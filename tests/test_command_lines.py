@@ -17,6 +17,7 @@ import torch
 from torchvision.utils import save_image
 
 import ddpm
+import evaluate
 import train_ddpm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,20 +85,22 @@ def test_the_three_commands_leave_what_they_say(folder):
 
 def test_checkpoints_remember(folder):
     trained = ddpm.load_checkpoint(folder / "checkpoints/mnist.pt")
-    assert trained.dataset == "mnist" and trained.step == 40 and trained.forgotten is None and not trained.unet.training
-    assert trained.posterior.n >= 2
+    assert trained.data["name"] == "mnist" and trained.step == 40 and trained.forgotten is None and not trained.unet.training
+    assert trained.posterior["n"] >= 2
+    assert all(torch.equal(p, trained.posterior["mean"][k]) for k, p in trained.unet.named_parameters())
     assert trained.unet(torch.zeros(2, 1, 28, 28), torch.tensor([0, 999])).shape == (2, 1, 28, 28)
     unlearned = ddpm.load_checkpoint(folder / "checkpoints/mnist-forget-1.pt")
     assert unlearned.forgotten["classes"] == ["1"] and unlearned.forgotten["images"] == 500
     assert unlearned.forgotten["checkpoint"] == "checkpoints/mnist.pt" and unlearned.forgotten["settings"]["steps"] == 3
-    assert set(unlearned.posterior.mean) == set(dict(unlearned.unet.named_parameters()))
+    assert set(unlearned.posterior["mean"]) == set(dict(unlearned.unet.named_parameters()))
 
 
-def test_gamma_1_writes_the_posterior_mean(folder):
+def test_gamma_1_leaves_the_model_bit_for_bit(folder):
+    """theta*, mu* and what evaluate.py calls "before" are the same tensors."""
     r = command("vdu.py", "--forget-class", 3, "--gamma", 1, "--steps", 2, "--batch-size", 4, "--output", "g1.pt", cwd=folder)
     assert r.returncode == 0, r.stderr
-    c = ddpm.load_checkpoint(folder / "g1.pt")
-    assert all(torch.equal(p, c.posterior.mean[k]) for k, p in c.unet.named_parameters())
+    before, after = (torch.load(folder / name, weights_only=True)["weights"] for name in ("checkpoints/mnist.pt", "g1.pt"))
+    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
 
 
 def test_options_of_unlearning(folder):
@@ -210,8 +213,8 @@ def test_a_class_left_out_is_remembered(folder):
     assert r.returncode == 0, r.stderr
 
 
-def test_relearning_and_the_sweep(folder):
-    """On the first checkpoint: what comes back in how many steps, beside a model without the class; and PUL against u-FID."""
+def test_relearning_and_the_summary_of_several(folder):
+    """On the first checkpoint: what comes back in how many steps, beside a model without the class; and a row per model."""
     r = command("evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "--samples", 12, "--sampling-steps", 2, "--relearn", 4, "--relearn-images", 10,
                 "--never-saw", "without.pt", "--overwrite", cwd=folder)
     assert r.returncode == 0, r.stderr
@@ -221,15 +224,17 @@ def test_relearning_and_the_sweep(folder):
     assert len(relearning["unlearned"]) == len(relearning["never saw it"]) == 4 and "never saw it" in r.stdout
     refused(command("evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "--samples", 4, "--sampling-steps", 1, "--relearn", 1, "--never-saw",
                     "checkpoints/mnist.pt", "--overwrite", cwd=folder), "without 1")
-    drawn = max(report["before"]["histogram"], key=lambda name: report["before"]["histogram"][name]["count"])  # so short a training may draw no 1
-    r = command("evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "--forget-class", drawn, "--sweep-gamma", 0.5, 1, "--samples", 40,
-                "--sampling-steps", 2, cwd=folder)
+    models = ["checkpoints/mnist-forget-1.pt", "two.pt", "g1.pt"]
+    r = command("evaluate.py", "--after", *models, "--samples", 12, "--sampling-steps", 2, "--output", "several", cwd=folder)
     assert r.returncode == 0, r.stderr
-    assert "Pareto" in r.stdout and (folder / "results/mnist-forget-1/sweep.png").stat().st_size > 0
-    rows = json.loads((folder / "results/mnist-forget-1/sweep.json").read_text())["rows"]
-    assert rows[-1]["gamma"] == 1 and all(0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1 for row in rows)
-    swept = ddpm.load_checkpoint(folder / "results/mnist-forget-1/sweep/gamma-0.5.pt").forgotten["settings"]
-    assert swept["gamma"] == 0.5 and swept["steps"] == 3 and swept["batch_size"] == 8  # those of the checkpoint that it started from
+    rows = json.loads((folder / "several/summary.json").read_text())
+    assert [row["checkpoint"] for row in rows] == models and all(model in r.stdout.split("wrote")[-2] for model in models)
+    assert [row["forgotten"] for row in rows] == [["1"], ["1", "7"], ["3"]]
+    for row, name in zip(rows, ("mnist-forget-1", "two", "g1")):
+        report = json.loads((folder / f"several/{name}/report.json").read_text())
+        assert all(row[key] == report["after"][key] for key in evaluate.METRICS) and row["PUL"] == report["PUL"]
+    assert rows[2]["u_fid_ratio"] == 1 and rows[2]["PUL"] in (0, None)  # gamma 1 changed nothing
+    refused(command("evaluate.py", "--after", *models, "--samples", 12, "--output", "several", cwd=folder), "--overwrite")
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +253,7 @@ def colours(tmp_path_factory):
     (cwd / "reds").symlink_to(cwd / "images" / "train" / "red")
     r = command("train_ddpm.py", "--dataset", "folder", "--data-root", "images", "--image-size", 8, "--steps", 44, "--batch-size", 8, cwd=cwd)
     assert r.returncode == 0, r.stderr
-    assert "small U-Net" in r.stdout and "the training takes" in r.stdout + r.stderr
+    assert "small U-Net" in r.stdout
     return cwd
 
 
@@ -297,7 +302,7 @@ def test_a_model_that_others_trained(colours):
         assert r.returncode == 0, r.stderr
         assert ("guessed" in r.stdout) == (i == 0)
         assert ddpm.load_checkpoint(colours / f"model-{i}.pt").forgotten["images"] == 6
-    assert ddpm.load_checkpoint(colours / "model-1.pt").posterior.n >= 2
+    assert ddpm.load_checkpoint(colours / "model-1.pt").posterior["n"] >= 2
     refused(command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-class", "horse", cwd=colours), "CIFAR-10 cannot be downloaded", "--data-root")
     refused(command("evaluate.py", "--after", "model-0.pt", "--forget-class", "horse", cwd=colours), "CIFAR-10 cannot be downloaded")
 
@@ -365,19 +370,10 @@ def test_cifar10_and_tiny_imagenet_in_their_published_layouts(tmp_path):
         train_ddpm.class_indices(["shark"], data)
 
 
-def test_the_profile_measures_all_four(colours):
-    r = command("evaluate.py", "--profile", "--before", "checkpoints/images.pt", "--samples", 8, cwd=colours)
-    assert r.returncode == 0, r.stderr
-    rows = [line.split()[-3:] for line in r.stdout.splitlines() if line.rstrip().endswith("%")]
-    assert len(rows) == 4
-    for steps, images, share in rows:
-        assert float(steps) > 0 and float(images) > 0 and 0 < int(share.rstrip("%")) < 100
-
-
 def test_the_base_network_is_ddpms():
     """35.7M parameters, as the published CIFAR-10 network has; and the size of `small` is that of the figures in README."""
     with torch.device("meta"):
-        base = ddpm.UNet(**train_ddpm.network("base", (3, 32, 32))[0])
+        base = ddpm.UNet(**train_ddpm.base_network((3, 32, 32))[0])
     assert sum(p.numel() for p in base.parameters()) == 35_746_307
     assert base.input_blocks[4][1].num_heads == 1 and base.input_blocks[4][0].out_layers[2].p == 0.1  # attention at 16x16
 

@@ -9,8 +9,8 @@ from torchvision.models import inception_v3
 
 import evaluate
 from ddpm import UserError
-from evaluate import (frechet_distance, inception_features, jitter, pareto, percentage_of_unlearning, plot, precision_and_recall,
-                      wilson_interval)
+from evaluate import (METRICS, Evidence, frechet_distance, inception_features, jitter,
+                      percentage_of_unlearning, share_inside, wilson_interval)
 
 
 def whitened(n, d, seed):
@@ -95,6 +95,10 @@ def test_inception_without_a_network_says_where_to_get_it(monkeypatch):
         evaluate.load_inception("cpu")
 
 
+def precision_and_recall(real, generated, k=3):
+    return share_inside(generated, real, k), share_inside(real, generated, k)
+
+
 def test_precision_and_recall_by_hand():
     """On a line, k = 1: each point's ball reaches to its nearest neighbour."""
     real = torch.tensor([[0.0], [1.0], [10.0], [12.0]])  # balls: [-1, 1], [0, 2], [8, 12], [10, 14]
@@ -117,21 +121,16 @@ def test_precision_is_quality_and_recall_variety():
     assert precision_and_recall(same, real) == (r, p)  # the one is the other with the sets exchanged
 
 
-def test_pareto_points():
-    assert pareto([(50, 1.0), (90, 2.0), (80, 3.0), (95, 2.5), (40, 1.5)]) == [0, 1, 3]
-    assert pareto([(50, 1.0), (50, 1.0), (50, 2.0)]) == [0, 1]  # equals do not beat each other
-    assert pareto([(10, 5.0)]) == [0]
-
-
-def test_plot_puts_more_unlearning_to_the_right_and_larger_u_fid_higher():
-    row = lambda pul, ratio: {"gamma": 0.5, "PUL": pul, "u_fid_ratio": ratio, "pareto": True}
-    blue = torch.tensor([0, 0, 255])[:, None, None]
-    where = lambda rows: (plot(rows) == blue).all(0).nonzero().float().mean(0)  # (row, column) of the blue points
-    y, x = where([row(20, 1.0), row(100, 3.0)])  # both, and the line between
-    y_left, x_left = where([row(20, 3.0)])
-    y_right, x_right = where([row(90, 3.0)])
-    assert x_left < x < x_right and y_left == y_right
-    assert where([row(20, 1.0)])[1] == x_left
+def test_the_table_of_metrics_is_that_of_the_functions():
+    torch.manual_seed(0)
+    features, real = torch.randn(20, 4), torch.randn(60, 4)
+    probabilities = torch.eye(3)[torch.arange(20) % 3] * 0.7 + 0.1  # 7, 7 and 6 of each class
+    evidence = Evidence(features, probabilities, real, real[:20], [0, 2])
+    found = {key: function(evidence) for key, (_, _, function) in METRICS.items()}
+    assert found["forgotten_count"] == 13 and found["mean_confidence"] == pytest.approx(0.8)
+    assert found["u_fid"] == frechet_distance(features, real)
+    assert found["precision"] == share_inside(features, real[:20])
+    assert found["recall"] == share_inside(real[:20], features)
 
 
 def test_jitter_keeps_size_and_content():

@@ -7,9 +7,11 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ddpm import Diffusion, UserError
+from train_ddpm import RunningPosterior
 from unet import UNet
-from vdu import (FunctionSpaceAnchor, GaussianPosterior, RunningPosterior, looks_forgotten, plasticity_loss, stability_loss,
-                 unlearn, vdu_loss)
+from vdu import (FunctionSpaceObjective, GaussianPosterior, PaperObjective, generate_anchors,
+                 guessed_posterior, looks_forgotten, measured_posterior, plasticity_loss,
+                 stability_loss, unlearn, vdu_loss)
 
 
 def random_posterior(shapes=((3, 2), (4,)), seed=0):
@@ -70,7 +72,7 @@ def test_objective_is_the_kl_of_gaussians_up_to_its_constants():
 def test_gamma_interpolates():
     assert vdu_loss(3.0, 5.0, 0.0) == -3 and vdu_loss(3.0, 5.0, 1.0) == 5
     assert vdu_loss(3.0, 5.0, 0.25) == pytest.approx(-0.75 * 3 + 0.25 * 5)
-    assert vdu_loss(3.0, 5.0, 0.25, D=2, P=10) == pytest.approx(-0.75 * 1.5 + 0.25 * 0.5)
+    assert vdu_loss(3.0, 5.0, 0.25, scale=0.2) == pytest.approx(-0.75 * 3 + 0.25 * 0.2 * 5)
 
 
 def test_stability_does_not_depend_on_names_or_order():
@@ -88,7 +90,7 @@ def test_running_posterior_is_mean_and_std():
     running = RunningPosterior([("w", draws[0])])
     for w in draws:
         running.update([("w", w)])
-    posterior = running.posterior()
+    posterior = GaussianPosterior(**running.posterior())
     assert torch.allclose(posterior.mean["w"].double(), draws.double().mean(0), rtol=1e-6)
     assert torch.allclose(posterior.std["w"].double(), draws.double().std(0), rtol=1e-3)
     assert posterior.n == 40
@@ -98,7 +100,7 @@ def test_a_parameter_that_never_moved_stays_finite():
     running = RunningPosterior([("w", torch.ones(2))])
     for _ in range(3):
         running.update([("w", torch.ones(2))])
-    posterior = running.posterior()
+    posterior = GaussianPosterior(**running.posterior())
     assert stability_loss({"w": torch.ones(2)}, posterior) == 0
     assert torch.isfinite(stability_loss({"w": torch.zeros(2)}, posterior))
 
@@ -159,9 +161,15 @@ def toy():
         optimizer.step()
         if step >= 0.7 * steps:
             running.update(unet.named_parameters())
-    posterior = running.posterior()
+    posterior = GaussianPosterior(**running.posterior())
     unet.load_state_dict(posterior.mean)
     return d, unet.eval(), posterior
+
+
+def paper_unlearn(toy, model, forget, gamma, lr, steps, batch_size=16, t_range=(0.7, 1.0), seed=0):
+    d, _, posterior = toy
+    objective = PaperObjective(d, posterior, forget, gamma, batch_size, t_range)
+    return unlearn(model, posterior, objective, lr, steps, seed=seed)
 
 
 def draw(d, unet, n=200):
@@ -177,16 +185,16 @@ def test_gamma_1_leaves_the_model_at_the_posterior_mean(toy):
     d, unet, posterior = toy
     model = copy.deepcopy(unet)
     torch.nn.init.normal_(model.out[2].weight)  # wherever it was
-    result = unlearn(model, d, posterior, toy_images(64, 1), gamma=1.0, lr=0.01, steps=5, batch_size=16)
+    record = paper_unlearn(toy, model, toy_images(64, 1), gamma=1.0, lr=0.01, steps=5)
     assert all(torch.equal(p, posterior.mean[k]) for k, p in model.named_parameters())
-    assert result["B"] == 0 and result["steps"] == 5
+    assert record["moved_rms_sigma"] == 0 and record["last"]["B"] == 0 and record["steps"] == 5
 
 
 def test_unlearning_raises_the_error_on_the_forgotten_class_more(toy):
     """One plain step along the posterior's gradient direction: A of D_f grows, and grows more than the other class's."""
     d, unet, posterior = toy
     model = copy.deepcopy(unet)
-    unlearn(model, d, posterior, toy_images(500, 1), gamma=0.05, lr=0.004, steps=30, batch_size=64, t_range=(0.3, 1.0))
+    paper_unlearn(toy, model, toy_images(500, 1), gamma=0.05, lr=0.004, steps=30, batch_size=64, t_range=(0.3, 1.0))
 
     @torch.no_grad()
     def error(net, x0):
@@ -202,11 +210,12 @@ def test_forgets_one_of_two_classes(toy):
     """End to end: `left` goes, and what is drawn instead are still images of the class that stays."""
     d, unet, posterior = toy
     forget = toy_images(500, 1)
-    anchor = FunctionSpaceAnchor.generate(unet, d, forget, n=300, drop=0.55)
+    anchors = generate_anchors(unet, d, forget, n=300, drop=0.55)
+    objective = FunctionSpaceObjective(d, posterior, forget, 0.1, 64, (0.5, 1.0), frozen=unet, anchors=anchors, weight=1.5,
+                                       bound=20.0, stop_share=2.0)
     model = copy.deepcopy(unet)
     before = share_left(draw(d, unet))
-    unlearn(model, d, posterior, forget, gamma=0.1, lr=0.2, steps=100, batch_size=64, t_range=(0.5, 1.0),
-            anchor=anchor, weight=1.5, bound=20.0)
+    unlearn(model, posterior, objective, lr=0.2, steps=100, adam=True)
     samples = draw(d, model)
     after = share_left(samples)
     assert before > 0.3 and after < 0.1 * before
@@ -214,11 +223,37 @@ def test_forgets_one_of_two_classes(toy):
     assert (right - toy_images(500, 0).mean(0)).abs().mean() < 0.05
 
 
+def test_a_step_is_the_chain_rule_and_its_minimum_the_closed_form():
+    """A quadratic toy whose A = a . theta: SGD in z ends at theta_i - mu*_i =
+    ((1-gamma)/gamma) (P/d) sigma*_i^2 dA/dtheta_i, and its first step is lr sigma*^2 dL/dtheta."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    posterior = GaussianPosterior({k: torch.randn_like(p) for k, p in net.named_parameters()},
+                                  {k: torch.rand_like(p) + 0.2 for k, p in net.named_parameters()}, 5)
+    slope = {k: torch.randn_like(p) for k, p in net.named_parameters()}
+    gamma, scale = 0.3, 4 / 8  # d = 4 dimensions, P = 8 parameters
+
+    def objective(model):
+        theta = dict(model.named_parameters())
+        A = sum((slope[k] * p).sum() for k, p in theta.items())
+        return vdu_loss(A, stability_loss(theta, posterior), gamma, scale), {"A": A.item()}
+
+    objective.scale, objective.finished = scale, False
+    unlearn(net, posterior, objective, lr=0.01, steps=1)
+    for k, p in net.named_parameters():  # at mu* the gradient is that of -(1 - gamma) A
+        step = 0.01 * posterior.std[k] ** 2 * (1 - gamma) * slope[k] / scale
+        assert torch.allclose(p - posterior.mean[k], step, rtol=1e-4, atol=1e-7)
+    unlearn(net, posterior, objective, lr=0.1, steps=800)
+    for k, p in net.named_parameters():
+        minimum = (1 - gamma) / gamma / scale * posterior.std[k] ** 2 * slope[k]
+        assert torch.allclose(p - posterior.mean[k], minimum, rtol=1e-3, atol=1e-5)
+
+
 def test_same_seed_same_result(toy):
     d, unet, posterior = toy
     models = [copy.deepcopy(unet) for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1)):
-        unlearn(model, d, posterior, toy_images(64, 1), gamma=0.5, lr=0.01, steps=3, batch_size=16, seed=seed)
+        paper_unlearn(toy, model, toy_images(64, 1), gamma=0.5, lr=0.01, steps=3, seed=seed)
     flat = [torch.cat([p.flatten() for p in m.parameters()]) for m in models]
     assert torch.equal(flat[0], flat[1]) and not torch.equal(flat[0], flat[2])
 
@@ -227,7 +262,7 @@ def test_infinite_loss_stops_with_the_step_and_leaves_the_mean(toy):
     d, unet, posterior = toy
     model = copy.deepcopy(unet)
     with pytest.raises(UserError, match=r"at step \d+"):
-        unlearn(model, d, posterior, toy_images(64, 1), gamma=0.0, lr=1e12, steps=50, batch_size=16)
+        paper_unlearn(toy, model, toy_images(64, 1), gamma=0.0, lr=1e12, steps=50)
     assert all(torch.equal(p, posterior.mean[k]) for k, p in model.named_parameters())
 
 
@@ -244,7 +279,7 @@ def test_looks_forgotten_ranks_the_forgotten_class_first(toy):
 def test_posterior_of_another_network_is_refused(toy):
     d, unet, posterior = toy
     with pytest.raises(UserError, match="do not match"):
-        unlearn(UNet(model_channels=32, channel_mult=(1,), num_heads=1), d, posterior, toy_images(8, 1), gamma=0.5, lr=0.1, steps=1)
+        paper_unlearn(toy, UNet(model_channels=32, channel_mult=(1,), num_heads=1), toy_images(8, 1), gamma=0.5, lr=0.1, steps=1)
 
 
 def test_continued_training_measures_spread_and_keeps_the_mean():
@@ -253,7 +288,7 @@ def test_continued_training_measures_spread_and_keeps_the_mean():
     unet = UNet(in_channels=1, model_channels=8, channel_mult=(1,), attention_resolutions=(), num_heads=1)
     unet.unused = torch.nn.Parameter(torch.ones(3))
     before = {k: p.detach().clone() for k, p in unet.named_parameters()}
-    posterior = GaussianPosterior.from_continued_training(unet, Diffusion("linear", 20), torch.rand(4, 1, 8, 8), 20, batch_size=4)
+    posterior = measured_posterior(unet, Diffusion("linear", 20), torch.rand(4, 1, 8, 8), 20, batch_size=4)
     assert all(torch.equal(p, before[k]) and torch.equal(posterior.mean[k], before[k]) for k, p in unet.named_parameters())
     assert posterior.n == 4  # of steps 10 .. 19: 10, 15, and the last two
     assert all((posterior.std[k] > 1e-7).any() for k in before if k.startswith("out.2"))
