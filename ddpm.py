@@ -321,7 +321,8 @@ def build(config, device="cpu"):
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train_ddpm.py or vdu.py, or published DDPM weights.
 
-    Its unet is in eval mode and on `device`, the posterior as it lies in the file.
+    Its unet is in eval mode and on `device`, the posterior as it lies in the file, in
+    float32.
     Raises UserError if the file is missing, truncated, not weights, or in none of these
     layouts.
     """
@@ -339,7 +340,11 @@ def load_checkpoint(path, device="cpu"):
         reason = str(e).splitlines()[-1].strip()[:120]
         raise UserError(f"{path}: the weights do not fit the network that the file describes "
                         f"({reason})") from e
-    return Checkpoint(unet.eval(), diffusion, raw.get("posterior"), raw["config"], raw["data"],
+    posterior = raw.get("posterior")
+    if posterior:
+        mean, std = ({k: v.float() for k, v in posterior[m].items()} for m in ("mean", "std"))
+        posterior = {"mean": mean, "std": std, "n": posterior["n"]}
+    return Checkpoint(unet.eval(), diffusion, posterior, raw["config"], raw["data"],
                       raw["step"], raw.get("forgotten"), os.fspath(path), raw)
 
 

@@ -88,12 +88,46 @@ def share_inside(points, manifold, k=3, chunk=1000):
     return torch.cat(inside).float().mean().item()
 
 
+def class_shares(counts, forgotten):
+    """{class index: share} of the retained classes among themselves."""
+    retained = {i: n for i, n in enumerate(counts) if i not in forgotten}
+    return {i: n / max(1, sum(retained.values())) for i, n in retained.items()}
+
+
+def drift(counts_before, counts_after, forgotten):
+    """Total variation distance, 0 .. 1, between the shares of the retained classes.
+
+    What a u-FID can hide: a neighbour of the forgotten class that went along with it.
+    """
+    before, after = (class_shares(c, forgotten) for c in (counts_before, counts_after))
+    return sum(abs(before[i] - after[i]) for i in before) / 2
+
+
+def drift_of_noise(counts, forgotten):
+    """The drift to expect between two independent sets of samples of one model.
+
+    Shares of n samples differ by a Gaussian of variance 2 p (1 - p) / n, whose mean
+    absolute value is sqrt(2 / pi) times its deviation.
+    """
+    shares = class_shares(counts, forgotten).values()
+    n = max(1, sum(n for i, n in enumerate(counts) if i not in forgotten))
+    return sum(math.sqrt(2 * p * (1 - p) / n * 2 / math.pi) for p in shares) / 2
+
+
+def worst_kept(counts_before, counts_after, forgotten):
+    """(index, share left) of the retained class, drawn before, that lost most."""
+    left = {i: counts_after[i] / n for i, n in enumerate(counts_before)
+            if n and i not in forgotten}
+    return min(left.items(), key=lambda item: item[1]) if left else (None, math.nan)
+
+
 @dataclass
 class Evidence:
     """What a metric looks at: features and probabilities of samples, real features.
 
     features: (N, d).  probabilities: (N, classes).  real: (M, d), of the retained
     classes. real_n: (N, d) of them, drawn at random.  forgotten: indices of classes.
+    bits: the bound on -log p of forgotten and of retained images, per dimension.
     """
 
     features: torch.Tensor
@@ -101,6 +135,7 @@ class Evidence:
     real: torch.Tensor
     real_n: torch.Tensor
     forgotten: list
+    bits: tuple = (math.nan, math.nan)
 
     def counts(self):
         """How many samples the classifier assigns to each class: a list of integers."""
@@ -118,6 +153,8 @@ METRICS = {
     "u_fid": ("u-FID", "{:.2f}", lambda e: frechet_distance(e.features, e.real)),
     "precision": ("precision", "{:.3f}", lambda e: share_inside(e.features, e.real_n)),
     "recall": ("recall", "{:.3f}", lambda e: share_inside(e.real_n, e.features)),
+    "bits_forgotten": ("bits/dim, forgotten", "{:.3f}", lambda e: e.bits[0]),
+    "bits_retained": ("bits/dim, retained", "{:.3f}", lambda e: e.bits[1]),
 }
 
 # --------------------------------------------------------------------------------------
@@ -295,7 +332,8 @@ class Judge:
     """
 
     def __init__(self, checkpoint, device, data_root=None, features="auto"):
-        self.checkpoint, self.device, self.inception = checkpoint, device, None
+        self.checkpoint, self.device, self.data_root = checkpoint, device, data_root
+        self.inception = self.test = None
         colour = checkpoint.config["image_shape"][0] == 3
         if features == "inception" and not colour:
             raise UserError("Inception's features are for colour images; leave --features away")
@@ -319,12 +357,33 @@ class Judge:
             features = inception_features(self.inception, images)
         return features, probabilities
 
-    def describe(self, samples, forgotten):
-        """Every metric of one set of samples, and its histogram over the classes."""
+    def bits(self, model, forgotten, images=100, steps=40):
+        """The bound on -log p, bits per dimension, of forgotten and retained images.
+
+        What the method claims to change, and to keep. The same images, t and eps for
+        every model; training images where there is no test part.
+        """
+        if self.test is None:
+            x, y = load_data_of(self.checkpoint, self.data_root, train=False)
+            self.test = (self.images, self.labels) if x is None else (x, y)
+        x, y = self.test
+        generator, means = torch.Generator().manual_seed(0), []
+        for mask in (torch.isin(y, torch.tensor(forgotten)),
+                     ~torch.isin(y, torch.tensor(forgotten))):
+            of_kind = mask.nonzero().flatten()
+            chosen = of_kind[torch.randperm(len(of_kind), generator=generator)[:images]]
+            x0 = to_float(x[chosen]).to(self.device)
+            bound = model.diffusion.variational_bound(model.unet, x0, steps)
+            means.append(bound["total"].mean().item() if len(chosen) else math.nan)
+        return means
+
+    def describe(self, samples, forgotten, model):
+        """Every metric of one model, and the histogram of its samples."""
         real = self.real_features[~torch.isin(self.labels, torch.tensor(forgotten))]
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
         real_n = real[order[: len(samples)]]  # as many real as generated
-        evidence = Evidence(*self.look_at(samples), real, real_n, forgotten)
+        evidence = Evidence(*self.look_at(samples), real, real_n, forgotten,
+                            self.bits(model, forgotten))
         histogram = {}
         for name, count in zip(self.checkpoint.data["classes"], evidence.counts()):
             interval = wilson_interval(count, len(samples))
@@ -345,7 +404,10 @@ def compare(judge, after, names, sampling):
     if judge.samples is None:
         judge.samples = sampling.draw(parent)
     samples = {"before": judge.samples, "after": sampling.draw(after)}
-    results = {when: judge.describe(x, forgotten) for when, x in samples.items()}
+    models = {"before": parent, "after": after}
+    results = {when: judge.describe(x, forgotten, models[when]) for when, x in samples.items()}
+    counts = [[h["count"] for h in r["histogram"].values()] for r in results.values()]
+    worst, left = worst_kept(*counts, forgotten)
 
     def pul(counts):
         return none_for_nan(percentage_of_unlearning(*(counts(r) for r in results.values())))
@@ -358,6 +420,10 @@ def compare(judge, after, names, sampling):
         "PUL": pul(lambda r: r["forgotten_count"]),
         "PUL_by_class": {c: pul(lambda r: r["histogram"][c]["count"]) for c in names},
         "u_fid_ratio": results["after"]["u_fid"] / results["before"]["u_fid"],
+        "drift": drift(*counts, forgotten),
+        "drift_of_noise": drift_of_noise(counts[0], forgotten),
+        "worst_kept": {"class": None if worst is None else classes[worst],
+                       "share_left": none_for_nan(left)},
         "before": {"checkpoint": parent.path, **results["before"]},
         "after": {"checkpoint": after.path, **results["after"]},
         "u_fid_features": features,
@@ -402,6 +468,11 @@ def report_table(report):
     each = ", ".join(f"{c}: {percent(pul)}" for c, pul in report["PUL_by_class"].items())
     each = f" ({each})" if len(report["forgotten"]) > 1 else ""
     lines.append(f"PUL of {', '.join(report['forgotten'])}: {percent(report['PUL'])}{each}")
+    worst = report["worst_kept"]
+    if worst["class"] is not None:
+        lines.append(f"drift among the retained {report['drift']:.3f} (two sets of samples of one "
+                     f"model: {report['drift_of_noise']:.3f}); worst kept: {worst['class']}, of "
+                     f"which {100 * worst['share_left']:.0f}% are left")
     lines.append(f"{report['samples']} samples each, {report['sampling_steps']} DDIM steps, eta "
                  f"{report['eta']:g}, seed {report['seed']}; classifier accuracy "
                  f"{100 * report['classifier_accuracy']:.2f}%; u-FID in the features of "
@@ -421,19 +492,25 @@ def classes_to_show(report):
 
 def summary_rows(reports):
     """One row per model: what it has forgotten, PUL, u-FID's ratio, every metric."""
-    return [{"checkpoint": r["after"]["checkpoint"], "forgotten": r["forgotten"], "PUL": r["PUL"],
-             "u_fid_ratio": r["u_fid_ratio"], **{key: r["after"][key] for key in METRICS}}
-            for r in reports]
+    keys = ("forgotten", "PUL", "u_fid_ratio", "drift", "worst_kept")
+    return [{"checkpoint": r["after"]["checkpoint"], **{key: r[key] for key in keys},
+             **{key: r["after"][key] for key in METRICS}} for r in reports]
 
 
 def summary_table(rows):
     width = max(len(row["checkpoint"]) for row in rows) + 2
-    titles = ["PUL", "ratio", *(title for title, _, _ in METRICS.values())]
-    lines = [f"{'':{width}}" + "".join(f"{title:>17}" for title in titles)]
+    titles = ["PUL", "ratio", "drift", "worst kept", *(m[0] for m in METRICS.values())]
+    widths = [max(8, len(title) + 2) for title in titles]
+    lines = [" " * width + "".join(f"{title:>{w}}" for title, w in zip(titles, widths))]
     for row in rows:
-        cells = ["-" if row["PUL"] is None else f"{row['PUL']:.1f}%", f"{row['u_fid_ratio']:.2f}"]
+        worst = row["worst_kept"]
+        cells = ["-" if row["PUL"] is None else f"{row['PUL']:.1f}%", f"{row['u_fid_ratio']:.2f}",
+                 f"{row['drift']:.3f}", "-"]
+        if worst["class"] is not None:
+            cells[3] = f"{worst['class'][:6]} {worst['share_left']:.2f}"
         cells += [form.format(row[key]) for key, (_, form, _) in METRICS.items()]
-        lines.append(f"{row['checkpoint']:{width}}" + "".join(f"{cell:>17}" for cell in cells))
+        line = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths))
+        lines.append(f"{row['checkpoint']:{width}}{line}")
     return "\n".join(lines)
 
 

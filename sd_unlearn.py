@@ -44,9 +44,9 @@ from ddpm import (ArgumentParser, Diffusion, StopRequest, UserError, add_shared_
 from evaluate import frechet_distance, inception_features, load_inception
 from train_ddpm import RunningPosterior, load_images, to_float, to_uint8
 from unet import UNet, normalization, split_heads
-from vdu import (FunctionSpaceObjective, GaussianPosterior, PaperObjective,
-                 add_function_space_flags, add_unlearning_flags, check_parameters, frozen_copy,
-                 guessed_posterior, summary, unlearn)
+from vdu import (ForgottenCheck, FunctionSpaceObjective, GaussianPosterior, Likeness,
+                 PaperObjective, add_unlearning_flags, check_parameters, frozen_copy,
+                 guessed_posterior, method_of, summary, unlearn, verdict)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -93,7 +93,9 @@ class StableDiffusion:
 # --------------------------------------------------------------------------------------
 # Unlearning
 
-PAPER = dict(gamma=0.0002, lr=0.03, steps=200, batch_size=4, t_range=[0.2, 0.7])
+PAPER = dict(gamma=0.0002, lr=0.03, steps=200, batch_size=4, t_range=[0.2, 0.7], anchors=48)
+FUNCTION_SPACE = {**PAPER, "lr": 0.1}
+CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
 NEUTRAL_PROMPTS = ("a photo of a person", "a photo of an animal", "a photo of food",
@@ -103,59 +105,81 @@ NEUTRAL_PROMPTS = ("a photo of a person", "a photo of an animal", "a photo of fo
 
 def run_unlearn(args):
     """sd_unlearn.py unlearn. Raises UserError for what the user can put right."""
-    for name, value in PAPER.items():
+    for name, value in (FUNCTION_SPACE if args.function_space else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if os.path.abspath(args.output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: compare needs both, choose another")
     check_output(args.output, args.overwrite)
     # The empty prompt always: guidance subtracts what the model predicts for it.
-    neutral = ["", *(read_prompts(args.neutral_prompts) if args.neutral_prompts else
-                     NEUTRAL_PROMPTS)]
+    keep = ["", *(read_prompts(args.neutral_prompts) if args.neutral_prompts else NEUTRAL_PROMPTS),
+            *(template.format(name) for name in args.keep for template in TEMPLATES)]
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
 
     model = load(args.checkpoint, args.merges, device, args.ema)
     check_size(model, args.size)
-    unet, diffusion = model.unet, model.diffusion
+    unet = model.unet
     images = to_float(load_images(args.images, (3, args.size, args.size)))
     names = parameters_to_move(unet, args.parameters)
     posterior = posterior_of(unet, names, args.posterior, args.ema, args.sigma)
     print(f"forgetting {args.concept!r}: {len(images)} images of {args.size} pixels, moving "
           f"{count(sum(m.numel() for m in posterior.mean.values()))} of "
-          f"{count(sum(p.numel() for p in unet.parameters()))} parameters, gamma {args.gamma:g}, "
-          f"{args.steps} steps of {args.batch_size * args.accumulate} on {device}; posterior of "
-          f"{posterior.n} checkpoint{'s' if posterior.n > 1 else ''}")
-
-    # Once only: afterwards the autoencoder and the text encoder give their memory back.
-    forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
-                        for image in tqdm(images, desc="encoding", unit="image")])
-    context = model.context([template.format(args.concept) for template in TEMPLATES])
-    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
-    if args.function_space:
-        latents, prompts = anchors_for(model, neutral, args)
-        objective = FunctionSpaceObjective(
-            *common, frozen=frozen_copy(unet, posterior), anchors=latents.to(device),
-            anchor_context=prompts, weight=args.function_space, bound=args.bound,
-            stop_share=args.stop_share)
-    else:
-        objective = PaperObjective(*common)
-    del model
-    for k, p in unet.named_parameters():
-        p.requires_grad_(k in posterior.mean)
-    unet.gradient_checkpointing = args.gradient_checkpointing
+          f"{count(sum(p.numel() for p in unet.parameters()))} parameters, "
+          f"{method_of(args, args.share or 0.5)}, at most {args.steps} steps of "
+          f"{args.batch_size * args.accumulate} on {device}; posterior of {posterior.n} "
+          f"checkpoint{'s' if posterior.n > 1 else ''}")
 
     began = time.time()
     with StopRequest() as stop:
+        objective, check = build_objective(args, model, posterior, images, keep)
+        for k, p in unet.named_parameters():
+            p.requires_grad_(k in posterior.mean)
+        unet.gradient_checkpointing = args.gradient_checkpointing
         record = unlearn(unet, posterior, objective, args.lr, args.steps, True, args.accumulate,
-                         args.seed, progress=True, stop=stop)
+                         args.seed, check, progress=True, stop=stop)
     settings = {k: v for k, v in vars(args).items() if k != "run"}
-    save(args.output, args.checkpoint, {k: unet.get_parameter(k) for k in names}, args.ema,
-         {"concept": args.concept, "images": len(images), "settings": settings, **record})
-    print(summary(record, stop.requested, time.time() - began, device))
+    record = {"concept": args.concept, "images": len(images), "settings": settings, **record,
+              "like_D_f": check.history}
+    weights = {k: unet.get_parameter(k) for k in names}
+    save(args.output, args.checkpoint, weights, args.ema, record)
+    print(f"{summary(record, stop.requested, time.time() - began, device)}\n{verdict(check, args)}")
     print(f"wrote {args.output}; see what came of it: python sd_unlearn.py compare")
     if stop.requested:
         raise KeyboardInterrupt
+
+
+def build_objective(args, model, posterior, images, keep):
+    """(objective, check) for images (N, 3, H, W) that must go and prompts to keep."""
+    device, unet, diffusion = model.diffusion.beta.device, model.unet, model.diffusion
+    frozen = frozen_copy(unet, posterior)
+    forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
+                        for image in tqdm(images, desc="encoding", unit="image")])
+    context = model.context([template.format(args.concept) for template in TEMPLATES])
+    kept, kept_context = anchors_for(model, keep, args)
+    likeness = Likeness(frozen, diffusion, forget, kept.to(device), args.share or 0.5,
+                        (model.context([""]),))
+
+    def sample():
+        return sample_latents(model, TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.size,
+                              20, 5.0, seed=args.seed, batch_size=args.batch_size).to(device)
+
+    check = ForgottenCheck(sample, likeness, until=args.until)
+    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
+    if not args.function_space:
+        return PaperObjective(*common), check
+    return FunctionSpaceObjective(*common, frozen=frozen, kept=kept.to(device),
+                                  kept_context=kept_context, likeness=EvenOdds(),
+                                  kappa=args.kappa), check
+
+
+class EvenOdds:
+    """w(x_t), where the prompt says what is D_f, and not the image."""
+
+    rho = 0.5
+
+    def __call__(self, xt, t):
+        return torch.full((len(xt),), self.rho)
 
 
 def parameters_to_move(unet, which):
@@ -783,10 +807,12 @@ def parser():
                    help="batches per step: N times the images for the memory of one batch")
     c.add_argument("--gradient-checkpointing", action="store_true",
                    help="less memory, a third more time")
-    add_unlearning_flags(c, {k: f"(default: {v})" for k, v in PAPER.items()})
-    add_function_space_flags(c, anchors=48).add_argument(
-        "--neutral-prompts", metavar="FILE",
-        help="prompts of what must stay, one per line (default: a dozen general ones)")
+    g = add_unlearning_flags(c, {k: f"(default: {PAPER[k]}; with --function-space "
+                                    f"{FUNCTION_SPACE[k]})" for k in PAPER})
+    g.add_argument("--neutral-prompts", metavar="FILE",
+                   help="prompts of what must stay, one per line (default: a dozen general ones)")
+    g.add_argument("--keep", nargs="+", default=[], metavar="TEXT",
+                   help="neighbours of the concept that must stay, by name")
 
     c = add_command(commands, "compare", run_compare,
                     "the same prompts and noise through two checkpoints, side by side")

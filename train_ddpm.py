@@ -303,9 +303,10 @@ def training_images(args):
     shape = (None, size, size) if args.dataset == "folder" else None
     images, labels, data = load_dataset(args.dataset, args.data_root, image_shape=shape)
     excluded = class_indices(args.exclude_class, data)
-    images = images[~torch.isin(labels, torch.tensor(excluded))]
+    keep = ~torch.isin(labels, torch.tensor(excluded))
     names = [data["classes"][i] for i in excluded]
-    return images, {**data, "excluded": names, "images": len(images)}
+    counts = labels[keep].bincount(minlength=len(data["classes"])).tolist()
+    return images[keep], {**data, "excluded": names, "images": sum(counts), "counts": counts}
 
 
 def settle_network(args, image_shape, device):
@@ -331,6 +332,7 @@ def settle_network(args, image_shape, device):
 #   only         indices of the classes to read, and nothing of any other; None: all
 
 MNIST_5K = Path(__file__).parent / "tests" / "data" / "mnist_5k.npz"
+SHIPPED = Path(__file__).parent / "tests" / "data" / "mnist.pt"
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 

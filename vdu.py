@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 from torch.func import functional_call
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, TimeRange, UserError, add_shared_flags, autocast,
                   check_output, load_checkpoint, number, peak_memory, pick_device,
-                  run_command_line, save_checkpoint, stratified_timesteps, training_step)
-from train_ddpm import RunningPosterior, class_indices, load_data_of, load_images, to_float
+                  run_command_line, save_checkpoint, stratified_timesteps)
+from train_ddpm import (SHIPPED, RunningPosterior, class_indices, load_data_of, load_images,
+                        to_float)
 
 # --------------------------------------------------------------------------------------
 # The loss, from the KL divergence to the formula
@@ -156,8 +157,6 @@ class PaperObjective:
     image at random, where the network takes any.  scale: d/P, the unit of L.
     """
 
-    finished = False  # an objective may ask the loop to stop
-
     def __init__(self, diffusion, posterior, forget, gamma, batch_size, t_range, context=None):
         self.diffusion, self.posterior, self.forget = diffusion, posterior, forget
         self.gamma, self.batch_size, self.context = gamma, batch_size, context
@@ -183,13 +182,14 @@ class PaperObjective:
 
 
 def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, seed=0,
-            progress=False, stop=None):
+            check=None, progress=False, stop=None):
     """Move `unet`, in place, from mu* towards a minimum of the objective.
 
     Those parameters move that require a gradient; the posterior must be of the same.
     objective: called with unet, returns (loss, dict of numbers).  lr: in posterior
     standard deviations.  adam: its steps in z in place of SGD's.  accumulate: batches
-    per step. stop: has .requested.  Raises UserError if the posterior is of another
+    per step. check: called after each step with its number, True ends the loop.  stop:
+    has .requested.  Raises UserError if the posterior is of another
     network, or the loss becomes infinite or nan (unet is then at mu*).
 
     The steps are taken in whitened coordinates z = (theta - mu*) / sigma*, in which the
@@ -227,8 +227,10 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
             optimizer.step()
             posterior.unwhiten(z, theta)
             history.append({k: sum(b[k] for b in batches) / accumulate for k in numbers})
-            bar.set_postfix({k: f"{v:.4g}" for k, v in history[-1].items()}, refresh=False)
-            if objective.finished or (stop is not None and stop.requested):
+            shown = {k: f"{v:.4g}" for k, v in history[-1].items()}
+            done = check is not None and check(step + 1)
+            bar.set_postfix(shown if check is None else {**shown, **check.shown}, refresh=False)
+            if done or (stop is not None and stop.requested):
                 break
     P = sum(v.numel() for v in z.values())
     moved = math.sqrt(sum(v.square().sum().item() for v in z.values()) / P)
@@ -276,94 +278,172 @@ def guessed_posterior(named_parameters, share=0.02):
     return GaussianPosterior(mean, std, 1)
 
 
-def measured_posterior(unet, diffusion, images, steps, lr=2e-4, batch_size=64, every=5, seed=0,
-                       progress=False):
-    """mu* = the weights, sigma* = their spread while the model trains on.
-
-    A DEPARTURE from the paper, whose checkpoints saw D. images: (N, C, H, W) that the
-    model itself generated, less those like D_f, so that no data is needed. AdamW at a
-    constant lr; the first half of the steps is for the weights to leave theta*, every
-    `every`-th of the second half counts. `unet` is unchanged at the end.
-    """
-    theta_star = {k: v.clone() for k, v in unet.state_dict().items()}
-    torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
-    running = RunningPosterior(unet.named_parameters())
-    for step in tqdm(range(steps), desc="training on, for sigma*", unit="step",
-                     disable=not progress):
-        x0 = images[torch.randint(len(images), (batch_size,)).to(images.device)]
-        training_step(unet, diffusion, optimizer, x0)
-        if step >= steps // 2 and (step % every == 0 or step >= steps - 2):
-            running.update(unet.named_parameters())
-    unet.load_state_dict(theta_star)
-    mean = {k: p.detach().clone() for k, p in unet.named_parameters()}
-    return GaussianPosterior(mean, running.posterior()["std"], running.n)
-
-
 # --------------------------------------------------------------------------------------
-# BEYOND THE PAPER, ours: stability in function space. B measures each parameter alone,
-# so it cannot see a direction that many loose parameters share, and along which
-# eps_theta changes for every class. This term measures the change itself, on anchors:
-# images that the model itself generates, less those that look like D_f (F would hold on
-# to what A pushes away). The paper names inference in function space as future work.
+# BEYOND THE PAPER, ours: the same KL with the full covariance, in function space (which
+# the paper names as future work).
+#
+# (a) With -log p(D|theta) = N (mean DDPM loss on D) and -log p(D_f|theta) = N_f A,
+#         -log p(D_r|theta) = N [ F(theta) - rho A(theta) ] + const,    rho = N_f / N,
+#         F = E_D || eps_theta(x_t, t) - eps_theta*(x_t, t) ||^2,
+#     for a squared loss whose minimiser eps_theta* is the conditional mean, so that
+#         E_D || eps - eps_theta ||^2 = E_D || eps - eps_theta* ||^2 + F.
+#     To second order F = (theta - theta*)^T G (theta - theta*), G the Gauss-Newton
+#     matrix of the training loss: B with the full covariance of the Laplace posterior
+#     for its diagonal, at the cost of a forward pass. Samples of theta* stand for D.
+#     (SISS, ICLR 2025, uses the identity with real data.)
+#
+# (b) At one point x_t, where a share w of the data is D_f, its minimum is
+#         eps_theta* + w/(1-w) (eps_theta* - eps_f),    eps_f = E[eps | x_t, D_f]:
+#     what overlaps is hardly moved, what does not is pushed away without end. A
+#     regression has the same minimum: kept samples, a share 1-w, towards eps_theta*,
+#     and images of D_f, a share w, towards
+#         eps_target = eps_theta* + 1/(1-w) (eps_theta* - eps).
+#     With 1/(1-w) = 1 + odds cut off at 20 it has a floor, and cannot run away. kappa
+#     multiplies the odds w/(1-w): 1 is Bayes' rule, more forgets sooner and harms more.
+#
+# (c) w is asked of theta* itself: a logistic regression in its own features tells D_f
+#     from its samples. No label and no retained image is needed.
+
+
+class Likeness:
+    """w(x_t), how surely x_t is of D_f, by logistic regression in theta*'s features.
+
+    One regression per level of noise, of the middle block's features, pooled: images of
+    D_f against other images.
+    frozen: eps_theta*, called as unet is.  forget: (N, C, H, W).  others: (M, C, H, W),
+    samples of theta*.  rho: share of D_f among all.  prompts: what the network takes
+    beside images and t, for one image.  images: of either kind, per level.
+    """
+
+    def __init__(self, frozen, diffusion, forget, others, rho, prompts=(), levels=20,
+                 images=500):
+        self.frozen, self.diffusion, self.rho = frozen, diffusion, rho
+        self.prompts, self.levels = prompts, levels
+        features = []
+        for level in range(levels):
+            t = torch.randint(level * diffusion.T // levels,
+                              (level + 1) * diffusion.T // levels, (2 * images,))
+            x0 = torch.cat([x[torch.randint(len(x), (images,)).to(x.device)]
+                            for x in (forget, others)])
+            features.append(self.features(diffusion.q_sample(
+                x0, t.to(x0.device), torch.randn_like(x0)), t.to(x0.device)))
+        x = torch.stack(features)  # (levels, 2 * images, d)
+        self.mean, self.std = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-6
+        is_gone = (torch.arange(2 * images) < images).float().expand(levels, -1)
+        self.weight, self.bias = fit_logistic((x - self.mean) / self.std, is_gone)
+
+    @torch.no_grad()
+    def features(self, xt, t):
+        """The middle block's features of x_t (n, C, H, W), pooled: (n, 4 C'), CPU."""
+        chunks = []
+        for x, times in zip(xt.split(250), t.split(250)):
+            prompts = [p.expand(len(x), *p.shape[1:]) for p in self.prompts]
+            with autocast(x.device):
+                h = self.frozen(x, times, *prompts, return_middle=True).cpu()
+            chunks.append(adaptive_avg_pool2d(h, [min(2, n) for n in h.shape[2:]]).flatten(1))
+        return torch.cat(chunks)
+
+    def log_odds(self, xt, t):
+        """log w/(1-w): (n,), on the CPU."""
+        level = (t * self.levels // self.diffusion.T).cpu()
+        x = (self.features(xt, t) - self.mean[level, 0]) / self.std[level, 0]
+        log_ratio = (x * self.weight[level]).sum(1) + self.bias[level]  # as many of each kind
+        return log_ratio + math.log(self.rho / (1 - self.rho))
+
+    def __call__(self, xt, t):
+        """w(x_t): (n,), on the CPU."""
+        return self.log_odds(xt, t).sigmoid()
+
+    def of_images(self, x0, shares=(0.2, 0.3)):
+        """The log odds of clean images (N, C, H, W), at two levels of noise: (N,)."""
+        generator, total = torch.Generator().manual_seed(0), 0
+        for share in shares:
+            t = torch.full((len(x0),), int(share * self.diffusion.T), device=x0.device)
+            eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+            total = total + self.log_odds(self.diffusion.q_sample(x0, t, eps), t)
+        return total / len(shares)
+
+
+def fit_logistic(x, y, decay=0.02):
+    """L logistic regressions: x (L, n, d), y (L, n) of 0 and 1 -> (L, d), (L,)."""
+    weight = torch.zeros(x.shape[0], x.shape[2], requires_grad=True)
+    bias = torch.zeros(x.shape[0], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        logits = torch.einsum("lnd,ld->ln", x, weight) + bias[:, None]
+        value = binary_cross_entropy_with_logits(logits, y, reduction="none").mean(1).sum()
+        value = value + decay * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()
 
 
 class FunctionSpaceObjective(PaperObjective):
-    """L = -(1-gamma) E[ min(a, bound a*) / sqrt(a*) ] / E[ sqrt(a*) ]
-    + weight F / E[ a* ] + gamma B, per dimension;
-    F = E || eps_theta(x_t, t) - eps_theta*(x_t, t) ||^2.
+    """L = (1-rho) E_kept || eps_theta - eps_theta* ||^2
+          + rho E_D_f || eps_theta - eps_target ||^2,  both weighted by lambda(t).
 
-    a is one image's error at one t and eps, a* the pre-trained network's. Past the
-    bound an image counts as forgotten and stops pushing; once `stop_share` of them has,
-    it is over. frozen: eps_theta*, called as unet is.  anchors: (M, C, H, W).
-    anchor_context: (M, L, E), their encoded prompts, where the network takes any.
-    Other arguments: PaperObjective's.
+    lambda(t) = 1 / sqrt(a*(t)), a* the error of theta*: low t would rule otherwise.
+    frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), images of theta*.
+    kept_context: (M, L, E), their encoded prompts, where the network takes any.
+    likeness: w(x_t), with rho.  kappa: times the odds of Bayes' rule.  Other arguments:
+    PaperObjective's.
     """
 
-    def __init__(self, *args, frozen, anchors, weight, bound, stop_share, anchor_context=None,
-                 **kwargs):
-        super().__init__(*args, **kwargs)
-        self.frozen, self.anchors, self.anchor_context = frozen, anchors, anchor_context
-        self.weight, self.bound, self.stop_share, self.past = weight, bound, stop_share, 0.0
+    FURTHEST = 20.0  # times its old error that an image of D_f is pushed past, at most
 
-    @property
-    def finished(self):
-        return self.past >= self.stop_share
+    def __init__(self, *args, frozen, kept, likeness, kappa, kept_context=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.frozen, self.kept, self.kept_context = frozen, kept, kept_context
+        self.likeness, self.rho, self.kappa = likeness, likeness.rho, kappa
+        self.weight = self.measure_weight().to(kept.device)
+
+    @torch.no_grad()
+    def measure_weight(self, levels=25, images=64):
+        """lambda(t), (T,), of mean 1: a* measured at 25 levels of noise."""
+        errors = []
+        for level in range(levels):
+            x0, prompts = self.draw_kept(images)
+            t = torch.full((images,), (2 * level + 1) * self.diffusion.T // (2 * levels))
+            a = plasticity_loss(prompted(self.frozen, prompts), self.diffusion, x0,
+                                t.to(x0.device), torch.randn_like(x0))
+            errors.append(a.mean().cpu())
+        weight = torch.stack(errors).rsqrt()
+        weight = weight[torch.arange(self.diffusion.T) * levels // self.diffusion.T]
+        return weight / weight.mean()
+
+    def draw_kept(self, n):
+        index = torch.randint(len(self.kept), (n,)).to(self.kept.device)
+        context = self.kept_context
+        return self.kept[index], () if context is None else (context[index],)
 
     def __call__(self, unet):
+        n, device = self.batch_size, self.forget.device
         x0, t, eps, prompts = self.draw()
-        a = plasticity_loss(prompted(unet, prompts), self.diffusion, x0, t, eps)  # (n,)
-        B = stability_loss(trainable(unet), self.posterior)
-        with torch.no_grad():
-            a_star = plasticity_loss(prompted(self.frozen, prompts), self.diffusion, x0, t, eps)
-        bounded = torch.minimum(a, self.bound * a_star)  # (n,)
-        weighted = (bounded / a_star.sqrt()).mean() / a_star.sqrt().mean()  # 1 at theta*
-        change = self.function_change(unet).mean()
-        L = vdu_loss(weighted * self.d, B, self.gamma, self.scale)
-        L = L + self.weight * change * self.d / a_star.mean()
-        share = (a > self.bound * a_star).float().mean().item()
-        self.past = 0.9 * self.past + 0.1 * share
-        return L, {"A": a.mean().item() / self.d, "B": B.item() / self.P,
-                   "F": change.item() / self.d, "forgotten": self.past}
-
-    def function_change(self, unet):
-        """F on a random batch of anchors: (n,), summed over the d dimensions, as A is.
-
-        Half of the batch takes t from all steps, half from those where A pushes: there
-        F has most to hold.
-        """
-        device, half = self.anchors.device, self.batch_size // 2
-        index = torch.randint(len(self.anchors), (self.batch_size,)).to(device)
-        x0 = self.anchors[index]
-        prompts = () if self.anchor_context is None else (self.anchor_context[index],)
-        t = torch.cat([stratified_timesteps(half, self.low, self.high, device),
-                       stratified_timesteps(self.batch_size - half, 0, self.diffusion.T, device)])
-        xt = self.diffusion.q_sample(x0, t, torch.randn_like(x0))
+        kept, kept_prompts = self.draw_kept(n)
+        # F has most to hold where A pushes: half of its t from there, half from all.
+        t = torch.cat([t, stratified_timesteps(n // 2, self.low, self.high, device),
+                       stratified_timesteps(n - n // 2, 0, self.diffusion.T, device)])
+        x0, eps = torch.cat([x0, kept]), torch.cat([eps, torch.randn_like(kept)])
+        prompts = tuple(torch.cat(both) for both in zip(prompts, kept_prompts))
+        xt = self.diffusion.q_sample(x0, t, eps)  # (2n, C, H, W): D_f, then kept
         with autocast(device):
             with torch.no_grad():
-                target = self.frozen(xt, t, *prompts)
-            prediction = unet(xt, t, *prompts)
-        return (prediction - target).square().flatten(1).sum(1)  # (n, C, H, W) -> (n,)
+                eps_star = self.frozen(xt, t, *prompts).float()
+            eps_theta = unet(xt, t, *prompts)
+        w = self.likeness(xt[:n], t[:n])
+        past = (1 + self.kappa * w / (1 - w)).clamp(max=self.FURTHEST)
+        past = past.to(device).view(-1, 1, 1, 1)
+        target = eps_star.clone()
+        target[:n] += past * (eps_star - eps)[:n]  # eps_target
+        error = self.weight[t] * (eps_theta - target).square().flatten(1).sum(1)  # (2n,)
+        L = (1 - self.rho) * error[n:].mean() + self.rho * error[:n].mean()
+        A = (eps_theta - eps)[:n].square().mean().item()
+        F = (eps_theta - eps_star)[n:].square().mean().item()
+        return L, {"A": A, "F": F, "w": w.mean().item()}
 
 
 def frozen_copy(unet, posterior):
@@ -371,54 +451,47 @@ def frozen_copy(unet, posterior):
     return lambda *args, **kwargs: functional_call(unet, posterior.mean, args, kwargs)
 
 
-def generate_anchors(unet, diffusion, forget, n, drop, seed=0, progress=False):
-    """n images that the model draws, less the `drop` share most like `forget`."""
-    shape = tuple(forget.shape[1:])
-    generated = diffusion.sample(unet, n, shape, 25, eta=1.0, seed=seed, progress=progress)
-    generated = generated.to(forget.device)
-    ratio = looks_forgotten(unet, diffusion, generated, forget)
-    return generated[ratio.argsort(descending=True)[: round((1 - drop) * n)]]
+# --------------------------------------------------------------------------------------
+# BEYOND THE PAPER, ours: is it forgotten? Samples are drawn on the way and judged by
+# theta*.
 
 
-@torch.no_grad()
-def looks_forgotten(unet, diffusion, generated, forget, neighbours=5):
-    """How unlike D_f the network finds each generated image: (N,), small is like D_f.
+class ForgottenCheck:
+    """Every so many steps: what share of new samples looks like D_f? For `unlearn`.
 
-    In its own features: the distance to the fifth nearest image of D_f over that to the
-    fifth nearest other generated image. The ratio asks which of the two sets is denser
-    around the image, so that it needs neither a label nor a scale.
+    sample: a function without arguments, samples (N, C, H, W) of the network as it is,
+    with the same noise each time.  until: done once the share has fallen by this much
+    of itself. `history` is a list of (step, share).
     """
-    drawn, gone = (middle_features(unet, diffusion, x) for x in (generated, forget[:1000]))
-    mean, std = drawn.mean(0), drawn.std(0) + 1e-6
-    drawn, gone = (drawn - mean) / std, (gone - mean) / std
-    to_gone = torch.cdist(drawn, gone).kthvalue(min(neighbours, len(gone)), dim=1).values  # (N,)
-    among = min(neighbours, len(drawn) - 1) + 1  # + 1: the image itself is nearest
-    return to_gone / torch.cdist(drawn, drawn).kthvalue(among, dim=1).values
 
+    def __init__(self, sample, likeness, every=50, until=0.99):
+        self.sample, self.likeness, self.every, self.until = sample, likeness, every, until
+        self.history = [(0, self.share())]
 
-@torch.no_grad()
-def middle_features(unet, diffusion, images, at=(50, 150)):
-    """The middle block's features at two low noise levels, pooled: (N, 18 C')."""
-    levels = []
-    for step in at:
-        chunks = []
-        for x0 in images.split(250):
-            t = torch.full((len(x0),), step * diffusion.T // 1000, device=x0.device)
-            with autocast(x0.device):
-                xt = diffusion.q_sample(x0, t, torch.randn_like(x0))
-                h = unet(xt, t, return_middle=True)  # (n, C', h, w)
-            size = [min(3, n) for n in h.shape[2:]]
-            chunks.append(adaptive_avg_pool2d(h, size).flatten(1))  # (n, 9 C')
-        levels.append(torch.cat(chunks))
-    return torch.cat(levels, dim=1)
+    def share(self):
+        """More likely of D_f than not: w > 1/2."""
+        return (self.likeness.of_images(self.sample()) > 0).float().mean().item()
+
+    def __call__(self, step):
+        if step % self.every:
+            return False
+        self.history.append((step, self.share()))
+        return self.history[-1][1] <= (1 - self.until) * self.history[0][1]
+
+    @property
+    def shown(self):
+        first, last = self.history[0][1], self.history[-1][1]
+        return {"like D_f": f"{100 * first:.1f}% -> {100 * last:.1f}%"}
 
 
 # --------------------------------------------------------------------------------------
-# The command line. Defaults were found on MNIST: the first on the digit 1, the second
-# mostly on 1, 8 and 9. t: at high noise it is decided which class an image will be.
+# The command line. Defaults were found on MNIST. t: at high noise it is decided which
+# class an image will be.
 
-PAPER = dict(gamma=0.63, lr=0.0083, steps=85, batch_size=256, t_range=[0.7, 1.0])
-FUNCTION_SPACE = dict(gamma=0.63, lr=0.03, steps=300, batch_size=64, t_range=[0.3, 1.0])
+DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
+PAPER = dict(gamma=0.63, lr=0.0083, steps=85, batch_size=256, t_range=[0.7, 1.0], anchors=600)
+FUNCTION_SPACE = dict(gamma=None, lr=0.25, steps=200, batch_size=64, t_range=[0.3, 1.0],
+                      anchors=2000)
 
 
 def main(args):
@@ -429,29 +502,34 @@ def main(args):
     device = pick_device(args.device)
     checkpoint, indices = load_model(args, device)
     output = choose_output(args, checkpoint, indices)
-    posterior = choose_posterior(args, checkpoint, device)
-    forget = load_forget_images(args, checkpoint, indices).to(device)
+    posterior, origin = choose_posterior(args, checkpoint, device)
+    forget, rho = load_forget_images(args, checkpoint, indices)
     what = args.forget_images or ", ".join(class_titles(checkpoint, indices))
-    print(f"forgetting {what}: {len(forget):,} images, gamma {args.gamma:g}, at most "
-          f"{args.steps} steps of {args.batch_size} on {device}; "
-          f"{origin_of(args, checkpoint, posterior)}")
+    print(f"forgetting {what}: {len(forget):,} images, {method_of(args, rho)}, at most "
+          f"{args.steps} steps of {args.batch_size} on {device}; {origin}")
 
     began = time.time()
     torch.manual_seed(args.seed)
-    posterior, objective = build_objective(args, checkpoint, posterior, forget, indices)
     with StopRequest() as stop:
+        objective, check = build_objective(args, checkpoint, posterior, forget.to(device), rho)
         record = unlearn(checkpoint.unet, posterior, objective, args.lr, args.steps,
-                         adam=bool(args.function_space), seed=args.seed, progress=True, stop=stop)
+                         adam=args.function_space, seed=args.seed, check=check, progress=True,
+                         stop=stop)
+    record = {**record, "rho": rho, "like_D_f": check.history}
     save_unlearned(output, args, checkpoint, posterior, indices, len(forget), record)
     print(summary(record, stop.requested, time.time() - began, device))
-    hint = "" if indices else " --forget-class CLASS, if the images are of one"
-    print(f"wrote {output}; see what came of it: python evaluate.py{hint}")
+    print(verdict(check, args))
+    classes = "" if indices else " --forget-class CLASS (if the images are of one)"
+    print(f"wrote {output}; see what came of it: python evaluate.py --after {output}{classes}")
     if stop.requested:
         raise KeyboardInterrupt
 
 
 def load_model(args, device):
     """(Checkpoint, indices of the classes to forget); refuses a second forgetting."""
+    if args.checkpoint == DEFAULT_CHECKPOINT and not os.path.exists(args.checkpoint):
+        print(f"no {args.checkpoint}: taking the model of MNIST that ships with the code")
+        args.checkpoint = str(SHIPPED)
     checkpoint = load_checkpoint(args.checkpoint, device)
     earlier = checkpoint.forgotten
     if earlier:
@@ -474,11 +552,17 @@ def class_titles(checkpoint, indices):
     return [f"{name} ({data['words'][name]})" if "words" in data else name for name in names]
 
 
+def method_of(args, rho):
+    if args.function_space:
+        return f"in function space, share {rho:.3g} of the data, kappa {args.kappa:g}"
+    return f"the paper's two terms, gamma {args.gamma:g}"
+
+
 def choose_output(args, checkpoint, indices):
     """Where the result goes. Raises UserError if that may not be replaced."""
     path = Path(args.checkpoint)
-    if checkpoint.data["source"].startswith("published"):  # the result is a checkpoint of ours
-        path = Path("checkpoints") / f"{path.stem}.pt"
+    if checkpoint.data["source"].startswith("published") or path == SHIPPED:
+        path = Path("checkpoints") / f"{path.stem}.pt"  # the result is a checkpoint of ours
     classes = [checkpoint.data["classes"][i] for i in indices]
     what = "-".join(classes) or os.path.basename(os.path.abspath(args.forget_images))
     output = args.output or str(path.with_name(f"{path.stem}-forget-{what}{path.suffix}"))
@@ -490,44 +574,44 @@ def choose_output(args, checkpoint, indices):
 
 
 def choose_posterior(args, checkpoint, device):
-    """The posterior given, kept or guessed; None where it is yet to be measured."""
+    """The posterior given, kept or guessed, and in words where it comes from."""
     parameters = dict(checkpoint.unet.named_parameters())
-    if args.posterior and args.self_train:
-        raise UserError("--self-train and --posterior both measure sigma*: leave one away")
     if args.posterior:
         posterior = GaussianPosterior.from_checkpoints(args.posterior)
         files = ", ".join(args.posterior)
         check_parameters(files, posterior.mean, args.checkpoint, parameters)
-        return posterior.to(device)
-    if args.self_train:
-        return None
-    if checkpoint.posterior:
-        return GaussianPosterior(**checkpoint.posterior).to(device)
-    if "train" in checkpoint.raw:
+    elif checkpoint.posterior:
+        posterior = GaussianPosterior(**checkpoint.posterior)
+    elif "train" in checkpoint.raw:
         raise UserError(f"{args.checkpoint} holds no posterior yet: its training was interrupted; "
                         "finish it with python train_ddpm.py --resume")
-    return guessed_posterior(parameters.items(), args.sigma)
-
-
-def origin_of(args, checkpoint, posterior):
-    """Where the posterior comes from, for the first line of output."""
-    if posterior is None:
-        return f"posterior of {args.self_train} steps of continued training"
-    if posterior.n > 1:
-        return f"posterior of {posterior.n} checkpoints"
-    return ("one checkpoint and no posterior: sigma* is guessed, "
-            f"{100 * args.sigma:g}% of each tensor's root mean square (--self-train N and "
-            "--posterior FILE FILE measure it)")
+    else:
+        posterior = guessed_posterior(parameters.items(), args.sigma)
+    if args.isotropic:
+        posterior = posterior.isotropic()
+    origin = f"posterior of {posterior.n} checkpoints"
+    if posterior.n == 1:
+        origin = ("one checkpoint and no posterior: sigma* is guessed, "
+                  f"{100 * args.sigma:g}% of each tensor's root mean square (--posterior FILE "
+                  "FILE measures it)")
+    return posterior.to(device), origin
 
 
 def load_forget_images(args, checkpoint, indices):
-    """D_f as (N, C, H, W) in [-1, 1]: files of other classes stay shut."""
+    """D_f as (N, C, H, W) in [-1, 1], and rho, its share of the training set.
+
+    Files of other classes stay shut. rho is counted where that can be, or it is
+    --share.
+    """
     generator = torch.Generator().manual_seed(args.seed)
     if args.forget_images:
         images = load_images(args.forget_images, checkpoint.config["image_shape"])
         order = torch.randperm(len(images), generator=generator)
-        return to_float(images[order[: args.forget_samples]])
+        return to_float(images[order[: args.forget_samples]]), args.share or 0.1
     images, labels = load_data_of(checkpoint, args.data_root, only=indices)
+    data = checkpoint.data
+    n = sum(data["counts"][i] for i in indices) if "counts" in data else len(images)
+    rho = args.share or n / data["images"]
     chosen = []
     for i in indices:
         of_class = (labels == i).nonzero().flatten()
@@ -536,30 +620,34 @@ def load_forget_images(args, checkpoint, indices):
     chosen = torch.cat(chosen)
     if len(indices) > 1:  # mixed, so that any part of them is one of all
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-    return to_float(images[chosen])
+    return to_float(images[chosen]), rho
 
 
-def build_objective(args, checkpoint, posterior, forget, indices):
-    """(posterior, objective) as the flags say; measures the posterior if asked."""
-    unet, diffusion = checkpoint.unet, checkpoint.diffusion
-    frozen = frozen_copy(unet, posterior or guessed_posterior(unet.named_parameters()))
-    if args.function_space or args.self_train:
-        # Twice the share of D_f among what the model draws: the ranking is not perfect.
-        share = min(0.6, 2 * len(indices) / len(checkpoint.data["classes"])) if indices else 0.2
-        drop = share if args.drop is None else args.drop
-        anchors = generate_anchors(frozen, diffusion, forget, args.anchors, drop, args.seed + 1,
-                                   progress=True)
-    if args.self_train:
-        posterior = measured_posterior(unet, diffusion, anchors, args.self_train, seed=args.seed,
-                                       progress=True)
-    if args.isotropic:
-        posterior = posterior.isotropic()
+def build_objective(args, checkpoint, posterior, forget, rho):
+    """(objective, check) as the flags say; draws the samples that both need."""
+    unet, diffusion, shape = checkpoint.unet, checkpoint.diffusion, tuple(forget.shape[1:])
+    frozen = frozen_copy(unet, posterior)
+    generated = diffusion.sample(frozen, args.anchors, shape, 25, eta=1.0, seed=args.seed + 1,
+                                 progress=True).to(forget.device)
+    # A first guess leaves out twice as many as are of D_f; the rest is what stays.
+    order = Likeness(frozen, diffusion, forget, generated, rho, images=200).of_images(generated)
+    keep = order.argsort()[: round((1 - min(0.6, 2 * rho)) * len(order))]
+    kept = generated[keep.to(forget.device)]
+    likeness = Likeness(frozen, diffusion, forget, kept, rho)
+
+    def sample():
+        x = diffusion.sample(unet, CHECK_SAMPLES, shape, 25, eta=1.0, seed=args.seed + 2)
+        return x.to(forget.device)
+
+    check = ForgottenCheck(sample, likeness, until=args.until)
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
     if not args.function_space:
-        return posterior, PaperObjective(*common)
-    return posterior, FunctionSpaceObjective(
-        *common, frozen=frozen, anchors=anchors, weight=args.function_space, bound=args.bound,
-        stop_share=args.stop_share)
+        return PaperObjective(*common), check
+    return FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness,
+                                  kappa=args.kappa), check
+
+
+CHECK_SAMPLES = 300
 
 
 def save_unlearned(output, args, checkpoint, posterior, indices, images, record):
@@ -580,6 +668,21 @@ def summary(record, interrupted, seconds, device):
             f"theta moved {record['moved_rms_sigma']:.4f} sigma (rms over parameters)")
 
 
+def verdict(check, args):
+    """Whether D_f is gone, as the network itself judges, and what to try if not."""
+    (_, first), (step, last) = check.history[0], check.history[-1]
+    text = (f"samples that look like D_f to the pre-trained network: {100 * first:.1f}% before, "
+            f"{100 * last:.1f}% after {step} steps")
+    if first < 0.01:
+        return f"{text}; so few before tell nothing: judge by eye, or with evaluate.py"
+    if last <= 0.1 * first:
+        return text
+    if args.function_space:
+        return f"{text}. It is still there: try --kappa {2 * args.kappa:g}, or more --steps"
+    return (f"{text}. It is still there: try --function-space, which is beyond the paper; or a "
+            f"smaller --gamma than {args.gamma:g}, in steps of 0.02")
+
+
 def add_unlearning_flags(p, defaults):
     """The flags that vdu.py and sd_unlearn.py share; defaults: {flag: last words}."""
     p.add_argument("--gamma", type=number(float, 0, 1),
@@ -598,20 +701,21 @@ def add_unlearning_flags(p, defaults):
     p.add_argument("--sigma", type=number(float, 0, above=True), default=0.02, metavar="SHARE",
                    help="where there is no posterior, a guess, NOT in the paper: sigma* as this "
                         "share of each tensor's root mean square")
-
-
-def add_function_space_flags(p, anchors):
-    g = p.add_argument_group("beyond the paper")
-    g.add_argument("--function-space", type=number(float, 0), default=0.0, metavar="WEIGHT",
-                   help="also keep eps_theta as it was on images that the model itself "
-                        "generates; 2 works well on MNIST, 5 held photographs better; 0 is off")
-    g.add_argument("--anchors", type=number(int, 10), default=anchors, metavar="N",
-                   help="images to draw for it")
-    g.add_argument("--bound", type=number(float, 1), default=4.0,
-                   help="an image whose error is this many times the old one counts as forgotten "
-                        "and stops pushing")
-    g.add_argument("--stop-share", type=number(float, 0), default=0.8,
-                   help="stop once this share of images is past the bound")
+    g = p.add_argument_group("beyond the paper, ours")
+    g.add_argument("--function-space", action="store_true",
+                   help="the KL with the full covariance: keep eps_theta as it was on images that "
+                        "the model itself draws, in place of the parameters as they were")
+    g.add_argument("--share", type=number(float, 0, 1, above=True, below=True), metavar="RHO",
+                   help="share of D_f in the training set (default: counted, or 0.1 where it "
+                        "cannot be)")
+    g.add_argument("--kappa", type=number(float, 0, above=True), default=2.0,
+                   help="with --function-space: 1 weighs as Bayes' rule does, more forgets sooner "
+                        "and harms more")
+    g.add_argument("--anchors", type=number(int, 10), metavar="N",
+                   help=f"images that the model draws of what it knows {defaults['anchors']}")
+    g.add_argument("--until", type=number(float, 0, 1), default=0.99, metavar="SHARE",
+                   help="every 50 steps, count the samples that look like D_f; stop once they "
+                        "have fallen by this share")
     return g
 
 
@@ -623,8 +727,9 @@ def parser():
     what.add_argument("--forget-images", metavar="DIR",
                       help="forget what the images in this folder show: no class, label or "
                            "dataset is needed")
-    p.add_argument("--checkpoint", default="checkpoints/mnist.pt", metavar="FILE",
-                   help="the trained model: of train_ddpm.py, or DDPM's published weights")
+    p.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="FILE",
+                   help="the trained model: of train_ddpm.py, or DDPM's published weights; where "
+                        "the default is missing, the one of MNIST that ships with the code")
     p.add_argument("--output", metavar="FILE",
                    help="the unlearned model (default: CHECKPOINT-forget-CLASS.pt, in "
                         "checkpoints/ for published weights)")
@@ -636,13 +741,6 @@ def parser():
                    help="folder of the dataset (default: where the model was trained)")
     add_unlearning_flags(p, {k: f"(default: {PAPER[k]}; with --function-space "
                                 f"{FUNCTION_SPACE[k]})" for k in PAPER})
-    g = add_function_space_flags(p, anchors=2000)
-    g.add_argument("--drop", type=number(float, 0, 1, below=True), metavar="SHARE",
-                   help="leave out the anchors most like D_f (default: twice the share of the "
-                        "forgotten among the classes, 0.2 for --forget-images)")
-    g.add_argument("--self-train", type=number(int, 4), metavar="N",
-                   help="measure sigma* over N steps of training on, on --anchors images that "
-                        "the model itself generates: for a model of one checkpoint")
     add_shared_flags(p)
     return p
 

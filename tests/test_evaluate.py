@@ -9,8 +9,9 @@ from torchvision.models import inception_v3
 
 import evaluate
 from ddpm import UserError
-from evaluate import (METRICS, Evidence, frechet_distance, inception_features, jitter,
-                      percentage_of_unlearning, share_inside, wilson_interval)
+from evaluate import (METRICS, Evidence, drift, drift_of_noise, frechet_distance,
+                      inception_features, jitter, percentage_of_unlearning, share_inside,
+                      wilson_interval, worst_kept)
 
 
 def whitened(n, d, seed):
@@ -61,6 +62,22 @@ def test_pul():
     assert percentage_of_unlearning(200, 200) == 0
     assert percentage_of_unlearning(100, 150) == -50
     assert math.isnan(percentage_of_unlearning(0, 3))
+
+
+def test_drift_and_the_worst_kept_class_by_hand():
+    before, after = [10, 50, 30, 20], [0, 50, 15, 35]  # class 0 is forgotten; of 100 retained, 15 went from 2 to 3
+    assert drift(before, after, [0]) == pytest.approx(0.15)
+    assert drift(before, before, [0]) == 0 and drift([5, 10, 0], [5, 0, 10], [0]) == 1
+    assert worst_kept(before, after, [0]) == (2, 0.5)
+    assert worst_kept([3, 0, 4], [0, 9, 4], [0]) == (2, 1.0)  # what was not drawn before cannot be lost
+
+
+def test_drift_of_noise_is_that_of_two_sets_of_one_model():
+    torch.manual_seed(0)
+    shares = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    sets = torch.distributions.Multinomial(2000, shares).sample((400, 2)).int().tolist()
+    mean = sum(drift(a, b, [0]) for a, b in sets) / 400
+    assert mean == pytest.approx(drift_of_noise(sets[0][0], [0]), rel=0.1)
 
 
 def test_wilson_interval_covers_95_percent():
