@@ -93,8 +93,9 @@ class StableDiffusion:
 # --------------------------------------------------------------------------------------
 # Unlearning
 
-PAPER = dict(gamma=0.0002, lr=0.03, steps=200, batch_size=4, t_range=[0.2, 0.7], anchors=48)
-FUNCTION_SPACE = {**PAPER, "lr": 0.1}
+PAPER = dict(gamma=0.0002, lr=0.03, steps=200, batch_size=4, t_range=[0.2, 0.7], anchors=48,
+             kappa=None)
+FUNCTION_SPACE = {**PAPER, "lr": 0.25, "t_range": [0.2, 1.0], "steps": 300, "kappa": 3.0}
 CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
@@ -168,18 +169,26 @@ def build_objective(args, model, posterior, images, keep):
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
     if not args.function_space:
         return PaperObjective(*common), check
-    return FunctionSpaceObjective(*common, frozen=frozen, kept=kept.to(device),
-                                  kept_context=kept_context, likeness=EvenOdds(),
-                                  kappa=args.kappa), check
+    return PromptedObjective(*common, frozen=frozen, kept=kept.to(device), likeness=None, rho=0.5,
+                             kappa=args.kappa, kept_context=kept_context,
+                             empty=model.context([""])), check
 
 
-class EvenOdds:
-    """w(x_t), where the prompt says what is D_f, and not the image."""
+class PromptedObjective(FunctionSpaceObjective):
+    """The same with prompts, of which theta* itself says what D_f predicts.
 
-    rho = 0.5
+    In (b) of vdu.py, eps_theta* is what all images predict at x_t, here eps_theta* of
+    the empty prompt, and eps_f that of the concept's: the minimum can be written down.
+    (It is the target of ESD, Gandikota et al. 2023.)  empty: (1, L, E).
+    """
 
-    def __call__(self, xt, t):
-        return torch.full((len(xt),), self.rho)
+    def __init__(self, *args, empty, **kwargs):
+        self.empty = empty
+        super().__init__(*args, **kwargs)
+
+    def eps_target(self, xt, t, eps, eps_star):
+        everything = self.frozen(xt, t, self.empty.expand(len(xt), -1, -1)).float()
+        return everything + self.kappa * (everything - eps_star)
 
 
 def parameters_to_move(unet, which):

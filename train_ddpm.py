@@ -449,20 +449,20 @@ def tiny_imagenet_val(folder, classes):
 def load_folder(root, train, image_shape=None, only=None):
     """One sub-folder of images per class (torchvision's ImageFolder); or such as train/
     and test/ (or val/)."""
-    part = Path(root)
-    split = (part / "train").is_dir() and not any(map(is_image, (part / "train").iterdir()))
-    tests = [part / name for name in ("test", "val") if split and (part / name).is_dir()]
+    folder = Path(root)
+    split = (folder / "train").is_dir() and not any(map(is_image, (folder / "train").iterdir()))
+    tests = [folder / name for name in ("test", "val") if split and (folder / name).is_dir()]
     data = {"source": "folder", "root": os.path.abspath(root)}
     if not train and not tests:
         return None, None, data
     if split:
-        part = part / "train" if train else tests[0]
+        folder = folder / "train" if train else tests[0]
     try:
-        dataset = ImageFolder(part, allow_empty=False)
+        dataset = ImageFolder(folder, allow_empty=False)
     except (FileNotFoundError, OSError) as e:
-        raise UserError(f"{part} is not a folder of classes: it needs one sub-folder of images "
+        raise UserError(f"{folder} is not a folder of classes: it needs one sub-folder of images "
                         f"for each ({first_line(e)})") from e
-    images, labels = read_labelled(dataset.samples, image_shape or (None, 32, 32), only, part)
+    images, labels = read_labelled(dataset.samples, image_shape or (None, 32, 32), only, folder)
     return images, labels, {**data, "classes": dataset.classes}
 
 

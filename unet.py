@@ -263,18 +263,14 @@ class UNet(nn.Module):
                  attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1,
                  alpha_bar=None, context_dim=None, norm_eps=1e-5, sin_first=False, pad_end=False):
         super().__init__()
-        self.model_channels, self.sin_first = model_channels, sin_first
-        self.patch_size = patch_size
+        self.model_channels, self.sin_first, self.patch_size = model_channels, sin_first, patch_size
         self.gradient_checkpointing = False  # True: compute activations again on the way back
         # The schedule belongs to ddpm.py: persistent=False keeps it out of state_dict.
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
 
         emb_channels = 4 * model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels),
-            nn.SiLU(),
-            nn.Linear(emb_channels, emb_channels),
-        )
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_channels), nn.SiLU(),
+                                        nn.Linear(emb_channels, emb_channels))
 
         def residual(channels, out_channels):
             return ResBlock(channels, out_channels, emb_channels, dropout, norm_eps)
@@ -286,8 +282,8 @@ class UNet(nn.Module):
 
         ch = model_channels
         io_channels = in_channels * patch_size**2
-        first = nn.Conv2d(io_channels, ch, 3, padding=1)
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
+        layer = nn.Conv2d(io_channels, ch, 3, padding=1)
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(layer)])
         skip_channels = [ch]  # what each input block hands across to its output block
         factor = 1  # downsampling so far
         for level, mult in enumerate(channel_mult):

@@ -227,9 +227,10 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
             optimizer.step()
             posterior.unwhiten(z, theta)
             history.append({k: sum(b[k] for b in batches) / accumulate for k in numbers})
-            shown = {k: f"{v:.4g}" for k, v in history[-1].items()}
+            bar_text = {k: f"{v:.4g}" for k, v in history[-1].items()}
             done = check is not None and check(step + 1)
-            bar.set_postfix(shown if check is None else {**shown, **check.shown}, refresh=False)
+            bar_text |= check.text if check is not None else {}
+            bar.set_postfix(bar_text, refresh=False)
             if done or (stop is not None and stop.requested):
                 break
     P = sum(v.numel() for v in z.values())
@@ -389,16 +390,15 @@ class FunctionSpaceObjective(PaperObjective):
     lambda(t) = 1 / sqrt(a*(t)), a* the error of theta*: low t would rule otherwise.
     frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), images of theta*.
     kept_context: (M, L, E), their encoded prompts, where the network takes any.
-    likeness: w(x_t), with rho.  kappa: times the odds of Bayes' rule.  Other arguments:
-    PaperObjective's.
+    likeness: w(x_t).  kappa: times the odds of Bayes' rule.  Others: PaperObjective's.
     """
 
     FURTHEST = 20.0  # times its old error that an image of D_f is pushed past, at most
 
-    def __init__(self, *args, frozen, kept, likeness, kappa, kept_context=None, **kwargs):
+    def __init__(self, *args, frozen, kept, likeness, rho, kappa, kept_context=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.frozen, self.kept, self.kept_context = frozen, kept, kept_context
-        self.likeness, self.rho, self.kappa = likeness, likeness.rho, kappa
+        self.likeness, self.rho, self.kappa = likeness, rho, kappa
         self.weight = self.measure_weight().to(kept.device)
 
     @torch.no_grad()
@@ -433,17 +433,20 @@ class FunctionSpaceObjective(PaperObjective):
         with autocast(device):
             with torch.no_grad():
                 eps_star = self.frozen(xt, t, *prompts).float()
+                eps_target = self.eps_target(xt[:n], t[:n], eps[:n], eps_star[:n])
             eps_theta = unet(xt, t, *prompts)
-        w = self.likeness(xt[:n], t[:n])
-        past = (1 + self.kappa * w / (1 - w)).clamp(max=self.FURTHEST)
-        past = past.to(device).view(-1, 1, 1, 1)
-        target = eps_star.clone()
-        target[:n] += past * (eps_star - eps)[:n]  # eps_target
+        target = torch.cat([eps_target, eps_star[n:]])
         error = self.weight[t] * (eps_theta - target).square().flatten(1).sum(1)  # (2n,)
         L = (1 - self.rho) * error[n:].mean() + self.rho * error[:n].mean()
         A = (eps_theta - eps)[:n].square().mean().item()
         F = (eps_theta - eps_star)[n:].square().mean().item()
-        return L, {"A": A, "F": F, "w": w.mean().item()}
+        return L, {"A": A, "F": F}
+
+    def eps_target(self, xt, t, eps, eps_star):
+        """Where an image of D_f is pulled: past eps_theta*, by 1/(1-w) of its error."""
+        w = self.likeness(xt, t)
+        past = (1 + self.kappa * w / (1 - w)).clamp(max=self.FURTHEST)
+        return eps_star + past.to(xt.device).view(-1, 1, 1, 1) * (eps_star - eps)
 
 
 def frozen_copy(unet, posterior):
@@ -479,7 +482,7 @@ class ForgottenCheck:
         return self.history[-1][1] <= (1 - self.until) * self.history[0][1]
 
     @property
-    def shown(self):
+    def text(self):
         first, last = self.history[0][1], self.history[-1][1]
         return {"like D_f": f"{100 * first:.1f}% -> {100 * last:.1f}%"}
 
@@ -489,9 +492,10 @@ class ForgottenCheck:
 # class an image will be.
 
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
-PAPER = dict(gamma=0.63, lr=0.0083, steps=85, batch_size=256, t_range=[0.7, 1.0], anchors=600)
+PAPER = dict(gamma=0.63, lr=0.0083, steps=85, batch_size=256, t_range=[0.7, 1.0], anchors=600,
+             kappa=None)
 FUNCTION_SPACE = dict(gamma=None, lr=0.25, steps=200, batch_size=64, t_range=[0.3, 1.0],
-                      anchors=2000)
+                      anchors=2000, kappa=2.0)
 
 
 def main(args):
@@ -643,7 +647,7 @@ def build_objective(args, checkpoint, posterior, forget, rho):
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
     if not args.function_space:
         return PaperObjective(*common), check
-    return FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness,
+    return FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness, rho=rho,
                                   kappa=args.kappa), check
 
 
@@ -708,9 +712,9 @@ def add_unlearning_flags(p, defaults):
     g.add_argument("--share", type=number(float, 0, 1, above=True, below=True), metavar="RHO",
                    help="share of D_f in the training set (default: counted, or 0.1 where it "
                         "cannot be)")
-    g.add_argument("--kappa", type=number(float, 0, above=True), default=2.0,
+    g.add_argument("--kappa", type=number(float, 0, above=True),
                    help="with --function-space: 1 weighs as Bayes' rule does, more forgets sooner "
-                        "and harms more")
+                        f"and harms more {defaults['kappa']}")
     g.add_argument("--anchors", type=number(int, 10), metavar="N",
                    help=f"images that the model draws of what it knows {defaults['anchors']}")
     g.add_argument("--until", type=number(float, 0, 1), default=0.99, metavar="SHARE",

@@ -2,7 +2,7 @@
 
 Holds    the drawings, a recogniser for them, the training, and a writer of checkpoint files as published ones are.
 Run as   a program by conftest.py: python sd_tiny.py FOLDER.
-Writes   a checkpoint in Stable Diffusion v1's layout, merges, a folder of circles: into the folder it is given.
+Writes   a checkpoint in Stable Diffusion v1's layout, merges, circles/ and squares/: into the folder it is given.
 """
 
 import sys
@@ -115,9 +115,10 @@ def train(folder, seed=0, ae_steps=200, steps=500):
         average.update_parameters(unet)
     networks = {"unet": average.module, "autoencoder": autoencoder, "text_encoder": text}
     write_published(folder / "tiny.ckpt", {PREFIX[k] + name: v for k, m in networks.items() for name, v in m.state_dict().items()})
-    (folder / "circles").mkdir()
-    for i, image in enumerate(drawings("circle", 40, seed=9)):
-        save_image(image / 2 + 0.5, folder / "circles" / f"{i}.png")
+    for shape in SHAPES:
+        (folder / f"{shape}s").mkdir()
+        for i, image in enumerate(drawings(shape, 40, seed=9)):
+            save_image(image / 2 + 0.5, folder / f"{shape}s" / f"{i}.png")
     return folder
 
 

@@ -213,7 +213,7 @@ def function_space(toy, forget, rho=0.5, kappa=3.0, batch_size=64):
     kept = generated[first.of_images(generated).argsort()[: round((1 - rho) * 300)]]
     likeness = Likeness(unet, d, forget, kept, rho)
     objective = FunctionSpaceObjective(d, posterior, forget, None, batch_size, (0.3, 1.0), frozen=unet, kept=kept,
-                                       likeness=likeness, kappa=kappa)
+                                       likeness=likeness, rho=rho, kappa=kappa)
     return objective, likeness, generated
 
 
@@ -300,7 +300,7 @@ def test_check_stops_the_loop_and_tells(toy):
     objective = PaperObjective(d, posterior, toy_images(64, 1), 0.63, 16, (0.7, 1.0))
     record = unlearn(copy.deepcopy(unet), posterior, objective, lr=0.001, steps=20, check=check)
     assert record["steps"] == 4 and check.history == [(0, 0.5), (2, 0.3), (4, 0.004)]
-    assert check.shown == {"like D_f": "50.0% -> 0.4%"}
+    assert check.text == {"like D_f": "50.0% -> 0.4%"}
 
 
 def test_a_step_is_the_chain_rule_and_its_minimum_the_closed_form():
