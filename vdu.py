@@ -464,7 +464,7 @@ class ForgottenCheck:
 
     sample: a function without arguments, samples (N, C, H, W) of the network as it is,
     with the same noise each time.  until: done once the share has fallen by this much
-    of itself. `history` is a list of (step, share).
+    of itself; 0 is never. `history` is a list of (step, share).
     """
 
     def __init__(self, sample, likeness, every=50, until=0.99):
@@ -479,7 +479,8 @@ class ForgottenCheck:
         if step % self.every:
             return False
         self.history.append((step, self.share()))
-        return self.history[-1][1] <= (1 - self.until) * self.history[0][1]
+        fallen = self.history[-1][1] <= (1 - self.until) * self.history[0][1]
+        return self.until > 0 and fallen
 
     @property
     def text(self):
@@ -493,9 +494,9 @@ class ForgottenCheck:
 
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
 PAPER = dict(gamma=0.63, lr=0.0083, steps=85, batch_size=256, t_range=[0.7, 1.0], anchors=600,
-             kappa=None)
+             kappa=None, until=0.99)
 FUNCTION_SPACE = dict(gamma=None, lr=0.25, steps=200, batch_size=64, t_range=[0.3, 1.0],
-                      anchors=2000, kappa=2.0)
+                      anchors=2000, kappa=2.0, until=0.0)
 
 
 def main(args):
@@ -717,9 +718,10 @@ def add_unlearning_flags(p, defaults):
                         f"and harms more {defaults['kappa']}")
     g.add_argument("--anchors", type=number(int, 10), metavar="N",
                    help=f"images that the model draws of what it knows {defaults['anchors']}")
-    g.add_argument("--until", type=number(float, 0, 1), default=0.99, metavar="SHARE",
+    g.add_argument("--until", type=number(float, 0, 1), metavar="SHARE",
                    help="every 50 steps, count the samples that look like D_f; stop once they "
-                        "have fallen by this share")
+                        "have fallen by this share. 0 goes on to --steps: in function space "
+                        f"what was harmed on the way heals by then {defaults['until']}")
     return g
 
 
