@@ -132,11 +132,11 @@ def run_unlearn(args):
           f"checkpoint{'s' if posterior.n > 1 else ''}")
 
     began = time.time()
+    objective, check = build_objective(args, model, posterior, images, keep)
+    for k, p in unet.named_parameters():
+        p.requires_grad_(k in posterior.mean)
+    unet.gradient_checkpointing = args.gradient_checkpointing
     with StopRequest() as stop:
-        objective, check = build_objective(args, model, posterior, images, keep)
-        for k, p in unet.named_parameters():
-            p.requires_grad_(k in posterior.mean)
-        unet.gradient_checkpointing = args.gradient_checkpointing
         record = unlearn(unet, posterior, objective, args.lr, args.steps, True, args.accumulate,
                          args.seed, check, progress=True, stop=stop)
     settings = {k: v for k, v in vars(args).items() if k != "run"}
@@ -169,8 +169,8 @@ def build_objective(args, model, posterior, images, keep):
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
     if not args.function_space:
         return PaperObjective(*common), check
-    return PromptedObjective(*common, frozen=frozen, kept=kept.to(device), likeness=None, rho=0.5,
-                             kappa=args.kappa, kept_context=kept_context,
+    return PromptedObjective(*common, frozen=frozen, kept=kept.to(device), likeness=None,
+                             rho=args.share or 0.5, kappa=args.kappa, kept_context=kept_context,
                              empty=model.context([""])), check
 
 
@@ -783,7 +783,7 @@ def add_sampling_flags(c):
                    help="images at a time")
     c.add_argument("--sampling-steps", type=number(int, 1), default=50, metavar="N",
                    help="DDIM steps per image")
-    c.add_argument("--guidance", type=float, default=7.5,
+    c.add_argument("--guidance", type=number(float, 0), default=7.5,
                    help="how strongly the prompt pulls; 1 is the plain conditional model")
     c.add_argument("--negative-prompt", default="", help="what the guidance pulls away from")
 

@@ -515,8 +515,8 @@ def main(args):
 
     began = time.time()
     torch.manual_seed(args.seed)
+    objective, check = build_objective(args, checkpoint, posterior, forget.to(device), rho)
     with StopRequest() as stop:
-        objective, check = build_objective(args, checkpoint, posterior, forget.to(device), rho)
         record = unlearn(checkpoint.unet, posterior, objective, args.lr, args.steps,
                          adam=args.function_space, seed=args.seed, check=check, progress=True,
                          stop=stop)
@@ -712,7 +712,7 @@ def add_unlearning_flags(p, defaults):
                         "the model itself draws, in place of the parameters as they were")
     g.add_argument("--share", type=number(float, 0, 1, above=True, below=True), metavar="RHO",
                    help="share of D_f in the training set (default: counted, or 0.1 where it "
-                        "cannot be)")
+                        "cannot be; with prompts 0.5)")
     g.add_argument("--kappa", type=number(float, 0, above=True),
                    help="with --function-space: 1 weighs as Bayes' rule does, more forgets sooner "
                         f"and harms more {defaults['kappa']}")
