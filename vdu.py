@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch.func import functional_call
-from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, TimeRange, UserError, add_shared_flags, autocast,
@@ -313,24 +313,27 @@ class Likeness:
     D_f against other images.
     frozen: eps_theta*, called as unet is.  forget: (N, C, H, W).  others: (M, C, H, W),
     samples of theta*.  rho: share of D_f among all.  prompts: what the network takes
-    beside images and t, for one image.  images: of either kind, per level.
+    beside images and t, for one image.  levels: which, of 20.  images: of either kind,
+    each.
     """
 
-    def __init__(self, frozen, diffusion, forget, others, rho, prompts=(), levels=20,
+    LEVELS, OF_IMAGES = 20, (4, 6)  # clean images are judged at two of the levels
+
+    def __init__(self, frozen, diffusion, forget, others, rho, prompts=(), levels=OF_IMAGES,
                  images=500):
-        self.frozen, self.diffusion, self.rho = frozen, diffusion, rho
-        self.prompts, self.levels = prompts, levels
+        self.frozen, self.diffusion, self.rho, self.prompts = frozen, diffusion, rho, prompts
+        self.row = {level: i for i, level in enumerate(levels)}
         features = []
-        for level in range(levels):
-            t = torch.randint(level * diffusion.T // levels,
-                              (level + 1) * diffusion.T // levels, (2 * images,))
+        for level in levels:
+            t = torch.randint(level * diffusion.T // self.LEVELS,
+                              (level + 1) * diffusion.T // self.LEVELS, (2 * images,))
             x0 = torch.cat([x[torch.randint(len(x), (images,)).to(x.device)]
                             for x in (forget, others)])
             features.append(self.features(diffusion.q_sample(
                 x0, t.to(x0.device), torch.randn_like(x0)), t.to(x0.device)))
         x = torch.stack(features)  # (levels, 2 * images, d)
         self.mean, self.std = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-6
-        is_gone = (torch.arange(2 * images) < images).float().expand(levels, -1)
+        is_gone = (torch.arange(2 * images) < images).float().expand(len(levels), -1)
         self.weight, self.bias = fit_logistic((x - self.mean) / self.std, is_gone)
 
     @torch.no_grad()
@@ -346,41 +349,41 @@ class Likeness:
 
     def log_odds(self, xt, t):
         """log w/(1-w): (n,), on the CPU."""
-        level = (t * self.levels // self.diffusion.T).cpu()
-        x = (self.features(xt, t) - self.mean[level, 0]) / self.std[level, 0]
-        log_ratio = (x * self.weight[level]).sum(1) + self.bias[level]  # as many of each kind
+        level = (t * self.LEVELS // self.diffusion.T).tolist()
+        row = torch.tensor([self.row[n] for n in level])
+        x = (self.features(xt, t) - self.mean[row, 0]) / self.std[row, 0]
+        log_ratio = (x * self.weight[row]).sum(1) + self.bias[row]  # as many of each kind
         return log_ratio + math.log(self.rho / (1 - self.rho))
 
     def __call__(self, xt, t):
         """w(x_t): (n,), on the CPU."""
         return self.log_odds(xt, t).sigmoid()
 
-    def of_images(self, x0, shares=(0.2, 0.3)):
+    def of_images(self, x0):
         """The log odds of clean images (N, C, H, W), at two levels of noise: (N,)."""
         generator, total = torch.Generator().manual_seed(0), 0
-        for share in shares:
-            t = torch.full((len(x0),), int(share * self.diffusion.T), device=x0.device)
+        for level in self.OF_IMAGES:
+            t = torch.full((len(x0),), level * self.diffusion.T // self.LEVELS, device=x0.device)
             eps = torch.randn(x0.shape, generator=generator).to(x0.device)
             total = total + self.log_odds(self.diffusion.q_sample(x0, t, eps), t)
-        return total / len(shares)
+        return total / len(self.OF_IMAGES)
 
 
-def fit_logistic(x, y, decay=0.02):
-    """L logistic regressions: x (L, n, d), y (L, n) of 0 and 1 -> (L, d), (L,)."""
-    weight = torch.zeros(x.shape[0], x.shape[2], requires_grad=True)
-    bias = torch.zeros(x.shape[0], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+def fit_logistic(x, y, decay=0.02, iterations=10):
+    """L logistic regressions: x (L, n, d), y (L, n) of 0 and 1 -> (L, d), (L,).
 
-    def loss():
-        optimizer.zero_grad()
-        logits = torch.einsum("lnd,ld->ln", x, weight) + bias[:, None]
-        value = binary_cross_entropy_with_logits(logits, y, reduction="none").mean(1).sum()
-        value = value + decay * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weight.detach(), bias.detach()
+    Mean cross-entropy + decay |weight|^2, by Newton's method.
+    """
+    x = torch.cat([x, torch.ones_like(x[..., :1])], dim=2)  # the last weight is the bias
+    ridge = torch.full(x.shape[2:], 2 * decay)
+    ridge[-1] = 1e-6
+    weight, n = torch.zeros(x.shape[0], x.shape[2]), x.shape[1]
+    for _ in range(iterations):
+        p = torch.einsum("lnd,ld->ln", x, weight).sigmoid()
+        gradient = torch.einsum("ln,lnd->ld", p - y, x) / n + ridge * weight
+        hessian = (x * (p * (1 - p))[..., None]).transpose(1, 2) @ x / n + ridge.diag()
+        weight = weight - torch.linalg.solve(hessian, gradient)
+    return weight[:, :-1], weight[:, -1]
 
 
 class FunctionSpaceObjective(PaperObjective):
@@ -635,19 +638,23 @@ def build_objective(args, checkpoint, posterior, forget, rho):
     generated = diffusion.sample(frozen, args.anchors, shape, 25, eta=1.0, seed=args.seed + 1,
                                  progress=True).to(forget.device)
     # A first guess leaves out twice as many as are of D_f; the rest is what stays.
-    order = Likeness(frozen, diffusion, forget, generated, rho, images=200).of_images(generated)
+    order = Likeness(frozen, diffusion, forget, generated, rho).of_images(generated)
     keep = order.argsort()[: round((1 - min(0.6, 2 * rho)) * len(order))]
     kept = generated[keep.to(forget.device)]
     likeness = Likeness(frozen, diffusion, forget, kept, rho)
+    n = min(CHECK_SAMPLES, args.anchors)
 
     def sample():
-        x = diffusion.sample(unet, CHECK_SAMPLES, shape, 25, eta=1.0, seed=args.seed + 2)
+        x = diffusion.sample(unet, n, shape, 25, eta=1.0, seed=args.seed + 2)
         return x.to(forget.device)
 
     check = ForgottenCheck(sample, likeness, until=args.until)
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
     if not args.function_space:
         return PaperObjective(*common), check
+    first = min(int(args.t_range[0] * Likeness.LEVELS), *Likeness.OF_IMAGES)
+    levels = range(first, Likeness.LEVELS)
+    likeness = Likeness(frozen, diffusion, forget, kept, rho, levels=levels)
     return FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness, rho=rho,
                                   kappa=args.kappa), check
 

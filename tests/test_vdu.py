@@ -211,7 +211,7 @@ def function_space(toy, forget, rho=0.5, kappa=3.0, batch_size=64):
     generated = draw(d, unet, 300)
     first = Likeness(unet, d, forget, generated, rho)
     kept = generated[first.of_images(generated).argsort()[: round((1 - rho) * 300)]]
-    likeness = Likeness(unet, d, forget, kept, rho)
+    likeness = Likeness(unet, d, forget, kept, rho, levels=range(20))
     objective = FunctionSpaceObjective(d, posterior, forget, None, batch_size, (0.3, 1.0), frozen=unet, kept=kept,
                                        likeness=likeness, rho=rho, kappa=kappa)
     return objective, likeness, generated
@@ -350,7 +350,7 @@ def test_likeness_is_the_share_of_d_f(toy):
     """w is near 1 for D_f at little noise, near 0 for the other class, and rho where nothing can be told."""
     d, unet, _ = toy
     torch.manual_seed(0)
-    likeness = Likeness(unet, d, toy_images(100, 1, seed=5), toy_images(140, 0, seed=4), rho=0.3)
+    likeness = Likeness(unet, d, toy_images(100, 1, seed=5), toy_images(140, 0, seed=4), rho=0.3, levels=range(20))
     left, right = toy_images(200, 1, seed=6), toy_images(200, 0, seed=7)
     w = lambda x, t: likeness(d.q_sample(x, t, torch.randn_like(x)), t).mean().item()
     t = torch.full((200,), 20)
