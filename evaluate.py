@@ -357,12 +357,14 @@ class Judge:
             features = inception_features(self.inception, images)
         return features, probabilities
 
-    def bits(self, model, forgotten, images=100, steps=40):
+    def bits(self, model, forgotten, images, steps=40):
         """The bound on -log p, bits per dimension, of forgotten and retained images.
 
         What the method claims to change, and to keep. The same images, t and eps for
         every model; training images where there is no test part.
         """
+        if images == 0:
+            return math.nan, math.nan
         if self.test is None:
             x, y = load_data_of(self.checkpoint, self.data_root, train=False)
             self.test = (self.images, self.labels) if x is None else (x, y)
@@ -377,13 +379,13 @@ class Judge:
             means.append(bound["total"].mean().item() if len(chosen) else math.nan)
         return means
 
-    def describe(self, samples, forgotten, model):
+    def describe(self, samples, forgotten, model, bits_images):
         """Every metric of one model, and the histogram of its samples."""
         real = self.real_features[~torch.isin(self.labels, torch.tensor(forgotten))]
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
         real_n = real[order[: len(samples)]]  # as many real as generated
         evidence = Evidence(*self.look_at(samples), real, real_n, forgotten,
-                            self.bits(model, forgotten))
+                            self.bits(model, forgotten, bits_images))
         histogram = {}
         for name, count in zip(self.checkpoint.data["classes"], evidence.counts()):
             interval = wilson_interval(count, len(samples))
@@ -397,7 +399,7 @@ def none_for_nan(x):
     return None if math.isnan(x) else x
 
 
-def compare(judge, after, names, sampling):
+def compare(judge, after, names, sampling, bits_images):
     """(report, samples) of the models before and after; names: forgotten classes."""
     parent, classes = judge.checkpoint, after.data["classes"]
     forgotten = [classes.index(name) for name in names]
@@ -405,7 +407,8 @@ def compare(judge, after, names, sampling):
         judge.samples = sampling.draw(parent)
     samples = {"before": judge.samples, "after": sampling.draw(after)}
     models = {"before": parent, "after": after}
-    results = {when: judge.describe(x, forgotten, models[when]) for when, x in samples.items()}
+    results = {when: judge.describe(x, forgotten, models[when], bits_images)
+               for when, x in samples.items()}
     counts = [[h["count"] for h in r["histogram"].values()] for r in results.values()]
     worst, left = worst_kept(*counts, forgotten)
 
@@ -658,7 +661,7 @@ def main(args):
         if before_path not in judges:
             judges[before_path] = Judge(before, device, args.data_root, args.features)
         judge = judges[before_path]
-        report, samples = compare(judge, after, names, sampling)
+        report, samples = compare(judge, after, names, sampling, args.bits)
         if args.relearn:
             models = relearning_models(before, after, names, args.never_saw, device)
             report["relearning"] = relearning(judge, models, names, marks, args.relearn_images,
@@ -698,6 +701,9 @@ def parser():
                    help="what u-FID, precision and recall compare: Inception v3's features for "
                         "colour images where its weights can be had, otherwise those of the "
                         "classifier; figures from the two cannot be compared")
+    p.add_argument("--bits", type=number(int, 0), default=100, metavar="N",
+                   help="images of the forgotten and of the retained classes for the bound on "
+                        "-log p, in bits per dimension (0: leave it out)")
     p.add_argument("--relearn", type=number(int, 0), default=0, metavar="N",
                    help="then train the unlearned model for N steps on images of the forgotten "
                         "class, and count how fast it comes back (0: do not)")

@@ -25,8 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = {**os.environ, **{f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}}
 
 
+def quick(script, args):
+    """evaluate.py with few images for the bound on -log p, unless the test says how many."""
+    return [*map(str, args), *(["--bits", "2"] if script == "evaluate.py" and not {"--bits", "--help"} & set(args) else [])]
+
+
 def process(script, *args, cwd, **kwargs):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, env=NO_NETWORK, text=True,
+    return subprocess.run([sys.executable, str(ROOT / script), *quick(script, args)], cwd=cwd, env=NO_NETWORK, text=True,
                           capture_output=True, timeout=200, **kwargs)
 
 
@@ -35,7 +40,7 @@ def command(script, *args, cwd):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
+        patch.setattr(sys, "argv", [str(ROOT / script), *quick(script, args)])
         for name in ("http_proxy", "https_proxy"):
             patch.setenv(name, NO_NETWORK[name])
         code = 0
@@ -108,15 +113,15 @@ def test_the_shipped_model_forgets_a_digit(folder, tmp_path):
     """A newcomer without a checkpoint or a network: the digit goes, and the others stay as they were."""
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(folder / "checkpoints/classifier-mnist-mnist_5k.pt", tmp_path / "checkpoints")
-    r = command("vdu.py", "--forget-class", 1, "--function-space", "--anchors", 300, "--steps", 50, "--batch-size", 48, cwd=tmp_path)
+    r = command("vdu.py", "--forget-class", 1, "--function-space", "--anchors", 300, "--steps", 80, "--batch-size", 48, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert "ships with the code" in r.stdout and "still there" not in r.stdout
     record = ddpm.load_checkpoint(tmp_path / "checkpoints/mnist-forget-1.pt").forgotten
     assert record["rho"] == pytest.approx(6742 / 60000) and record["images"] == 500
     assert record["like_D_f"][0][1] > 0.05 > 0.01 > record["like_D_f"][-1][1]
-    r = command("vdu.py", "--forget-class", 1, "--anchors", 20, "--steps", 50, "--batch-size", 64, "--output", "two-terms.pt", cwd=tmp_path)
+    r = command("vdu.py", "--forget-class", 1, "--anchors", 20, "--steps", 25, "--batch-size", 64, "--output", "two-terms.pt", cwd=tmp_path)
     assert r.returncode == 0, r.stderr
-    r = command("evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "two-terms.pt", "--samples", 500, cwd=tmp_path)
+    r = command("evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "two-terms.pt", "--samples", 500, "--bits", 10, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     space, terms = (json.loads((tmp_path / f"results/{name}/report.json").read_text()) for name in ("mnist-forget-1", "two-terms"))
     assert space["PUL"] >= 90 and space["drift"] <= 0.15
