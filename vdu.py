@@ -323,6 +323,7 @@ class Likeness:
                  images=500):
         self.frozen, self.diffusion, self.rho, self.prompts = frozen, diffusion, rho, prompts
         self.row = {level: i for i, level in enumerate(levels)}
+        images = min(images, 10 * min(len(forget), len(others)))  # few say little by repetition
         features = []
         for level in levels:
             t = torch.randint(level * diffusion.T // self.LEVELS,

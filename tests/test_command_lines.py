@@ -113,7 +113,7 @@ def test_the_shipped_model_forgets_a_digit(folder, tmp_path):
     """A newcomer without a checkpoint or a network: the digit goes, and the others stay as they were."""
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(folder / "checkpoints/classifier-mnist-mnist_5k.pt", tmp_path / "checkpoints")
-    r = command("vdu.py", "--forget-class", 1, "--function-space", "--anchors", 300, "--steps", 80, "--batch-size", 48, cwd=tmp_path)
+    r = command("vdu.py", "--forget-class", 1, "--function-space", "--anchors", 300, "--steps", 60, "--kappa", 4, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert "ships with the code" in r.stdout and "still there" not in r.stdout
     record = ddpm.load_checkpoint(tmp_path / "checkpoints/mnist-forget-1.pt").forgotten
