@@ -95,8 +95,7 @@ class StableDiffusion:
 
 PAPER = dict(gamma=0.0002, lr=0.03, steps=200, batch_size=4, t_range=[0.2, 0.7], anchors=48,
              kappa=None, until=0.99)
-FUNCTION_SPACE = {**PAPER, "lr": 0.15, "t_range": [0.2, 1.0], "steps": 300, "kappa": 4.0,
-                  "until": 0.0}
+FUNCTION_SPACE = {**PAPER, "lr": 0.25, "t_range": [0.2, 1.0], "steps": 300, "kappa": 3.0}
 CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")

@@ -194,17 +194,16 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
 
     The steps are taken in whitened coordinates z = (theta - mu*) / sigma*, in which the
     posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A, a
-    loose one does. (Adam on theta would move every parameter by lr, whatever its
-    sigma*.)
+    loose one does. (Adam on theta would move each by lr, whatever its sigma*.)
     """
     theta = trainable(unet)
     check_parameters("the posterior", posterior.mean, "the network", theta)
     torch.manual_seed(seed)
     z = {k: torch.zeros_like(p) for k, p in theta.items()}
     posterior.unwhiten(z, theta)
-    kind, options = (torch.optim.Adam, {"betas": (0.9, 0.99)}) if adam else (
-        torch.optim.SGD, {"momentum": 0.9})
-    optimizer, history = kind(z.values(), lr, **options), []
+    optimizer = (torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99)) if adam else
+                 torch.optim.SGD(z.values(), lr, momentum=0.9))
+    history = []
     with tqdm(range(steps), desc="unlearning", unit="step", disable=not progress) as bar:
         for step in bar:
             if adam:  # whose steps do not shrink by themselves
@@ -227,10 +226,9 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
             optimizer.step()
             posterior.unwhiten(z, theta)
             history.append({k: sum(b[k] for b in batches) / accumulate for k in numbers})
-            bar_text = {k: f"{v:.4g}" for k, v in history[-1].items()}
             done = check is not None and check(step + 1)
-            bar_text |= check.text if check is not None else {}
-            bar.set_postfix(bar_text, refresh=False)
+            bar_text = {k: f"{v:.4g}" for k, v in history[-1].items()}
+            bar.set_postfix({**bar_text, **(check.text if check else {})}, refresh=False)
             if done or (stop is not None and stop.requested):
                 break
     P = sum(v.numel() for v in z.values())
@@ -239,8 +237,7 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
             "moved_rms_sigma": moved}
 
 
-# The paper's method ends here. What remains of this file: helpers; what goes beyond the
-# paper; the command line.
+# The paper's method ends here: helpers, what goes beyond it, the command line follow.
 
 
 def trainable(unet):

@@ -251,10 +251,11 @@ def test_sample(tiny):
 
 
 @pytest.mark.parametrize("concept", sd_tiny.SHAPES)
-def test_unlearn_and_compare_with_the_defaults(tiny, concept):
+def test_unlearn_and_compare(tiny, concept):
     """A published-looking checkpoint draws circles and squares; told to forget one, it draws the other as before, and says so itself."""
     r = command(tiny, "unlearn", "--checkpoint", "tiny.ckpt", *COMMON, "--concept", concept, "--images", f"{concept}s",
-                "--output", f"no-{concept}.ckpt", "--function-space")
+                "--output", f"no-{concept}.ckpt", "--function-space", "--keep", *(s for s in sd_tiny.SHAPES if s != concept),
+                "--parameters", "all", "--batch-size", 16)
     assert r.returncode == 0, r.stderr
     assert "peak memory" in r.stdout and "samples that look like D_f" in r.stdout
 
@@ -271,7 +272,7 @@ def test_unlearn_and_compare_with_the_defaults(tiny, concept):
     before, after = ddpm.read_file(tiny / "tiny.ckpt"), torch.load(tiny / f"no-{concept}.ckpt", weights_only=True)
     assert {k: v.shape for k, v in after["state_dict"].items()} == {k: v.shape for k, v in before["state_dict"].items()}
     changed = {k for k, v in after["state_dict"].items() if not torch.equal(v, before["state_dict"][k])}
-    assert changed and all(k.startswith(sd_unlearn.PREFIX["unet"]) and ".attn2." in k for k in changed)
+    assert changed and all(k.startswith(sd_unlearn.PREFIX["unet"]) for k in changed)
     assert after["vdu"]["concept"] == concept and after["global_step"] == before["global_step"]
 
 
