@@ -545,6 +545,13 @@ def add_shared_flags(parser):
                         help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
 
 
+def fill_in(args, defaults):
+    """Give the arguments that the command line left open, as None, their defaults."""
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
 def check_output(path, overwrite):
     """Raise UserError before any work if `path` exists and may not be replaced."""
     if os.path.exists(path) and not overwrite:

@@ -143,8 +143,7 @@ class Evidence:
         return self.probabilities.argmax(1).bincount(minlength=classes).tolist()
 
 
-# name in reports: (title, format, function of Evidence). All that is reported stands
-# here.
+# All that is reported. name: (title, format, function of Evidence).
 METRICS = {
     "forgotten_count": ("samples of it", "{:.0f}",
                         lambda e: sum(e.counts()[i] for i in e.forgotten)),
@@ -349,6 +348,7 @@ class Judge:
                 print(f"u-FID in the classifier's features: {e}")
         self.real_features, _ = self.look_at(self.images)
         self.samples = None  # of the model before, once they are drawn
+        self.before = {}  # what `describe` said of them, by the classes that are forgotten
 
     def look_at(self, images):
         """uint8 images (N, C, H, W) -> features (N, d), probabilities (N, classes)."""
@@ -370,8 +370,8 @@ class Judge:
             self.test = (self.images, self.labels) if x is None else (x, y)
         x, y = self.test
         generator, means = torch.Generator().manual_seed(0), []
-        for mask in (torch.isin(y, torch.tensor(forgotten)),
-                     ~torch.isin(y, torch.tensor(forgotten))):
+        gone = torch.isin(y, torch.tensor(forgotten))
+        for mask in (gone, ~gone):
             of_kind = mask.nonzero().flatten()
             chosen = of_kind[torch.randperm(len(of_kind), generator=generator)[:images]]
             x0 = to_float(x[chosen]).to(self.device)
@@ -406,9 +406,11 @@ def compare(judge, after, names, sampling, bits_images):
     if judge.samples is None:
         judge.samples = sampling.draw(parent)
     samples = {"before": judge.samples, "after": sampling.draw(after)}
-    models = {"before": parent, "after": after}
-    results = {when: judge.describe(x, forgotten, models[when], bits_images)
-               for when, x in samples.items()}
+    key = tuple(forgotten)
+    if key not in judge.before:
+        judge.before[key] = judge.describe(judge.samples, forgotten, parent, bits_images)
+    results = {"before": judge.before[key],
+               "after": judge.describe(samples["after"], forgotten, after, bits_images)}
     counts = [[h["count"] for h in r["histogram"].values()] for r in results.values()]
     worst, left = worst_kept(*counts, forgotten)
 

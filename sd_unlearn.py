@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import ddpm
 from ddpm import (ArgumentParser, Diffusion, StopRequest, UserError, add_shared_flags,
-                  check_output, count, number, pick_device, read_file, run_command_line,
+                  check_output, count, fill_in, number, pick_device, read_file, run_command_line,
                   save_checkpoint)
 from evaluate import frechet_distance, inception_features, load_inception
 from train_ddpm import RunningPosterior, load_images, to_float, to_uint8
@@ -106,9 +106,7 @@ NEUTRAL_PROMPTS = ("a photo of a person", "a photo of an animal", "a photo of fo
 
 def run_unlearn(args):
     """sd_unlearn.py unlearn. Raises UserError for what the user can put right."""
-    for name, value in (FUNCTION_SPACE if args.function_space else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, FUNCTION_SPACE if args.function_space else PAPER)
     if os.path.abspath(args.output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: compare needs both, choose another")
     check_output(args.output, args.overwrite)
@@ -158,8 +156,8 @@ def build_objective(args, model, posterior, images, keep):
                         for image in tqdm(images, desc="encoding", unit="image")])
     context = model.context([template.format(args.concept) for template in TEMPLATES])
     kept, kept_context = anchors_for(model, keep, args)
-    likeness = Likeness(frozen, diffusion, forget, kept.to(device), args.share or 0.5,
-                        (model.context([""]),))
+    kept, empty, rho = kept.to(device), model.context([""]), args.share or 0.5
+    likeness = Likeness(frozen, diffusion, forget, kept, rho, (empty,))
 
     def sample():
         return sample_latents(model, TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.size,
@@ -169,9 +167,8 @@ def build_objective(args, model, posterior, images, keep):
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
     if not args.function_space:
         return PaperObjective(*common), check
-    return PromptedObjective(*common, frozen=frozen, kept=kept.to(device), likeness=None,
-                             rho=args.share or 0.5, kappa=args.kappa, kept_context=kept_context,
-                             empty=model.context([""])), check
+    return PromptedObjective(*common, frozen=frozen, kept=kept, likeness=None, rho=rho,
+                             kappa=args.kappa, kept_context=kept_context, empty=empty), check
 
 
 class PromptedObjective(FunctionSpaceObjective):

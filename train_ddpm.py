@@ -38,7 +38,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, UserError, add_shared_flags, build,
-                  count, first_line, number, peak_memory, pick_device, read_file,
+                  count, fill_in, first_line, number, peak_memory, pick_device, read_file,
                   run_command_line, save_checkpoint, training_step)
 
 # --------------------------------------------------------------------------------------
@@ -311,14 +311,11 @@ def training_images(args):
 
 def settle_network(args, image_shape, device):
     """Fill in what the network decides (model, steps, lr, ...); the config to build."""
-    # The paper's networks want a GPU; on a CPU, and for MNIST's strokes, the small one
-    # does.
+    # The paper's networks want a GPU; on a CPU and for MNIST the small one does.
     large = device.type != "cpu" and args.dataset != "mnist"
     args.model = args.model or ("base" if large else "small")
     unet, defaults = NETWORKS[args.model](image_shape)
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    fill_in(args, defaults)
     return {"unet": unet, "schedule": args.schedule, "timesteps": args.timesteps,
             "velocity": args.velocity, "image_shape": image_shape}
 

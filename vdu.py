@@ -24,7 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, TimeRange, UserError, add_shared_flags, autocast,
-                  check_output, load_checkpoint, number, peak_memory, pick_device,
+                  check_output, fill_in, load_checkpoint, number, peak_memory, pick_device,
                   run_command_line, save_checkpoint, stratified_timesteps)
 from train_ddpm import (SHIPPED, RunningPosterior, class_indices, load_data_of, load_images,
                         to_float)
@@ -189,8 +189,8 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
     objective: called with unet, returns (loss, dict of numbers).  lr: in posterior
     standard deviations.  adam: its steps in z in place of SGD's.  accumulate: batches
     per step. check: called after each step with its number, True ends the loop.  stop:
-    has .requested.  Raises UserError if the posterior is of another
-    network, or the loss becomes infinite or nan (unet is then at mu*).
+    has .requested.  Raises UserError if the posterior is of another network, or the
+    loss becomes infinite or nan (unet is then at mu*).
 
     The steps are taken in whitened coordinates z = (theta - mu*) / sigma*, in which the
     posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A, a
@@ -494,6 +494,7 @@ class ForgottenCheck:
 # class an image will be.
 
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
+CHECK_SAMPLES = 300
 PAPER = dict(gamma=0.63, lr=0.0083, steps=85, batch_size=256, t_range=[0.7, 1.0], anchors=600,
              kappa=None, until=0.99)
 FUNCTION_SPACE = dict(gamma=None, lr=0.25, steps=200, batch_size=64, t_range=[0.3, 1.0],
@@ -502,9 +503,7 @@ FUNCTION_SPACE = dict(gamma=None, lr=0.25, steps=200, batch_size=64, t_range=[0.
 
 def main(args):
     """Run the command line. Raises UserError for what the user can put right."""
-    for name, value in (FUNCTION_SPACE if args.function_space else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, FUNCTION_SPACE if args.function_space else PAPER)
     device = pick_device(args.device)
     checkpoint, indices = load_model(args, device)
     output = choose_output(args, checkpoint, indices)
@@ -655,9 +654,6 @@ def build_objective(args, checkpoint, posterior, forget, rho):
     likeness = Likeness(frozen, diffusion, forget, kept, rho, levels=levels)
     return FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness, rho=rho,
                                   kappa=args.kappa), check
-
-
-CHECK_SAMPLES = 300
 
 
 def save_unlearned(output, args, checkpoint, posterior, indices, images, record):
