@@ -638,7 +638,10 @@ def build_objective(args, checkpoint, posterior, forget, rho):
     order = Likeness(frozen, diffusion, forget, generated, rho).of_images(generated)
     keep = order.argsort()[: round((1 - min(0.6, 2 * rho)) * len(order))]
     kept = generated[keep.to(forget.device)]
-    likeness = Likeness(frozen, diffusion, forget, kept, rho)
+    levels = Likeness.OF_IMAGES
+    if args.function_space:
+        levels = range(min(int(args.t_range[0] * Likeness.LEVELS), *levels), Likeness.LEVELS)
+    likeness = Likeness(frozen, diffusion, forget, kept, rho, levels=levels)
     n = min(CHECK_SAMPLES, args.anchors)
 
     def sample():
@@ -649,9 +652,6 @@ def build_objective(args, checkpoint, posterior, forget, rho):
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
     if not args.function_space:
         return PaperObjective(*common), check
-    first = min(int(args.t_range[0] * Likeness.LEVELS), *Likeness.OF_IMAGES)
-    levels = range(first, Likeness.LEVELS)
-    likeness = Likeness(frozen, diffusion, forget, kept, rho, levels=levels)
     return FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness, rho=rho,
                                   kappa=args.kappa), check
 
