@@ -1,11 +1,14 @@
-"""Make the repository's files importable, whatever folder pytest was started in; and start the longest training early."""
+"""Make the repository's files importable, whatever folder pytest was started in; and
+start what takes longest early."""
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are tiny: a second thread costs more than it brings
+# the networks here are tiny: a second thread costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -13,17 +16,53 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+NO_NETWORK = {**os.environ, "PYTHONPATH": str(ROOT),
+              **{f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}}
+
+
+class Beside:
+    """Programs that run one after the other on another core, beside the first tests;
+    each has a folder and a future of its outputs."""
+
+    def __init__(self):
+        self.pool, self.running = ThreadPoolExecutor(1), None
+
+    def start(self, folder, *command_lines):
+        return folder, self.pool.submit(self.run, folder, command_lines)
+
+    def run(self, folder, command_lines):
+        outputs = []
+        for args in command_lines:
+            self.running = subprocess.Popen([sys.executable, *map(str, args)], cwd=folder,
+                                            env=NO_NETWORK, text=True,
+                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            out, err = self.running.communicate()
+            assert self.running.returncode == 0, err
+            outputs.append(out)
+        return outputs
+
+    def stop(self):
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.running is not None:
+            self.running.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tiny_stable_diffusion(request, tmp_path_factory):
-    """(process, folder): sd_tiny.py at work beside the first tests, on another core, where a test will ask for its model."""
-    if not any("tiny" in item.fixturenames for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("sd")
-    process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "sd_tiny.py"), str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                               text=True, stderr=subprocess.PIPE)
-    yield process, folder
-    process.kill()
-    process.wait()
+def beside(request, tmp_path_factory):
+    """{name: (folder, future)} of the programs that the tests about to run will ask
+    for."""
+    programs = {
+        "tiny": [(ROOT / "tests" / "sd_tiny.py", ".")],
+        "shipped": [
+            (ROOT / "vdu.py", "--forget-class", 1, "--function-space", "--anchors", 300, "--steps",
+             60, "--kappa", 4),
+            (ROOT / "vdu.py", "--forget-class", 1, "--anchors", 20, "--steps", 25, "--batch-size",
+             64, "--output", "two-terms.pt"),
+            (ROOT / "evaluate.py", "--after", "checkpoints/mnist-forget-1.pt", "two-terms.pt",
+             "--samples", 500, "--bits", 10)],
+    }
+    asked = {name for item in request.session.items for name in item.fixturenames}
+    programs_beside = Beside()
+    yield {name: programs_beside.start(tmp_path_factory.mktemp(name), *lines)
+           for name, lines in programs.items() if name in asked}
+    programs_beside.stop()

@@ -1,8 +1,11 @@
-"""A complete Stable Diffusion that fits into a test: trained here on drawn circles and squares, with prompts, in under a minute.
+"""A complete Stable Diffusion that fits into a test: trained here on drawn circles and
+squares, with prompts, in under a minute.
 
-Holds    the drawings, a recogniser for them, the training, and a writer of checkpoint files as published ones are.
+Holds    the drawings, a recogniser for them, the training, and a writer of checkpoint
+         files as published ones are.
 Run as   a program by conftest.py: python sd_tiny.py FOLDER.
-Writes   a checkpoint in Stable Diffusion v1's layout, merges, circles/ and squares/: into the folder it is given.
+Writes   a checkpoint in Stable Diffusion v1's layout, merges, circles/ and squares/:
+         into the folder it is given.
 """
 
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
@@ -21,7 +25,8 @@ from unet import UNet
 
 SIZE, SHAPES = 16, ("circle", "square")
 SIZES = {  # in place of sd_unlearn.SIZES
-    "unet": dict(in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_heads=4,
+    "unet": dict(in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                 attention_resolutions=(2,), num_heads=4,
                  context_dim=32),
     "autoencoder": dict(ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels=4),
     "text_encoder": dict(vocab_size=518, width=32, layers=2, num_heads=4, mlp_width=128),
@@ -30,8 +35,11 @@ SIZES = {  # in place of sd_unlearn.SIZES
 
 def draw(shape, radius, dy, dx):
     """One white shape on black: (16, 16) in 0 .. 1, its edge softened."""
-    y, x = torch.meshgrid(torch.arange(SIZE) - 7.5 - dy, torch.arange(SIZE) - 7.5 - dx, indexing="ij")
-    inside = radius - (y**2 + x**2).sqrt() if shape == "circle" else 0.9 * radius - torch.maximum(y.abs(), x.abs())
+    y, x = torch.meshgrid(torch.arange(SIZE) - 7.5 - dy, torch.arange(SIZE) - 7.5 - dx,
+                          indexing="ij")
+    inside = radius - (y**2 + x**2).sqrt()
+    if shape == "square":
+        inside = 0.9 * radius - torch.maximum(y.abs(), x.abs())
     ring = 1.2 - (inside - 1.2).abs()  # outlines: full discs and full squares are too much alike
     return (ring + 0.5).clamp(0, 1)
 
@@ -45,11 +53,15 @@ def drawings(shape, n, seed=0):
 
 
 def recognise(images):
-    """For each image (N, 3, 16, 16), "circle", "square", or None if it is like no drawing: by its best correlation with any."""
-    grid = torch.cartesian_prod(torch.linspace(4, 6, 5), torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 5))
+    """For each image (N, 3, 16, 16), "circle", "square", or None if it is like no
+    drawing: by its best correlation with any."""
+    grid = torch.cartesian_prod(torch.linspace(4, 6, 5), torch.linspace(-1, 1, 5),
+                                torch.linspace(-1, 1, 5))
     whiten = lambda x: F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1)
     flat = whiten(images.float().mean(1))  # (N, 256)
-    best = torch.stack([(flat @ whiten(torch.stack([draw(s, *g) for g in grid])).T).amax(1) for s in SHAPES])  # (2, N)
+    # (2, N)
+    best = torch.stack([(flat @ whiten(torch.stack([draw(s, *g) for g in grid])).T).amax(1)
+                        for s in SHAPES])
     return [SHAPES[i] if score > 0.85 else None for score, i in zip(*best.max(0))]
 
 
@@ -58,11 +70,13 @@ def read_image(path):
 
 
 def train(folder, seed=0, ae_steps=200, steps=500):
-    """Train the three networks and write folder/tiny.ckpt, merges.txt, circles/. Returns the folder."""
+    """Train the three networks and write folder/tiny.ckpt, merges.txt, circles/.
+    Returns the folder."""
     torch.manual_seed(seed)
     (folder / "merges.txt").write_text("#version: 0.2\nc i\nci r\ns q\nsq u\n")
     tokenizer = Tokenizer(folder / "merges.txt")
-    images = torch.cat([drawings(shape, 1000, i) for i, shape in enumerate(SHAPES)])  # (2000, 3, 16, 16)
+    # (2000, 3, 16, 16)
+    images = torch.cat([drawings(shape, 1000, i) for i, shape in enumerate(SHAPES)])
 
     autoencoder = Autoencoder(**SIZES["autoencoder"])
     optimizer = torch.optim.Adam(autoencoder.parameters(), 2e-3)
@@ -77,44 +91,52 @@ def train(folder, seed=0, ae_steps=200, steps=500):
         optimizer.step()
     autoencoder.eval()
     with torch.no_grad():
-        # The published autoencoder's latents have a spread of 1 / LATENT_SCALE; this one's are scaled to match.
+        # The published autoencoder's latents have a spread of 1 / LATENT_SCALE; this
+        # one's are scaled to match.
         mean = torch.cat([autoencoder.encode(x).chunk(2, 1)[0] for x in images.split(500)])
         scale = 1 / (LATENT_SCALE * mean.std())
         for p in (autoencoder.quant_conv.weight, autoencoder.quant_conv.bias):
             p[:4] *= scale
         autoencoder.quant_conv.bias[4:] += 2 * scale.log()
         autoencoder.post_quant_conv.weight /= scale
-        latents = torch.cat([autoencoder.to_latents(x) for x in images.split(500)])  # (2000, 4, 8, 8)
+        # (2000, 4, 8, 8)
+        latents = torch.cat([autoencoder.to_latents(x) for x in images.split(500)])
 
     text = TextEncoder(**SIZES["text_encoder"])
     unet = UNet(**SIZES["unet"])
     diffusion = Diffusion("scaled_linear", 1000)
     prompts = [template.format(shape) for shape in SHAPES for template in TEMPLATES] + [""]
-    ids, meaning = tokenizer(prompts), torch.tensor([1.0] * len(TEMPLATES) + [-1.0] * len(TEMPLATES) + [0.0])
+    ids, meaning = tokenizer(prompts), torch.tensor([1.0] * len(TEMPLATES) + [-1.0] * len(TEMPLATES)
+                                                    + [0.0])
     optimizer = torch.optim.Adam(text.parameters(), 3e-3)
-    for _ in range(80):  # first teach the text encoder what the two words mean, as CLIP was before Stable Diffusion's training
+    # first teach the text encoder what the two words mean, as CLIP was before Stable
+    # Diffusion's training
+    for _ in range(80):
         loss = (text(ids)[..., :4] - meaning[:, None, None]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     contexts = text(ids).detach()  # (17, 77, 32)
     optimizer = torch.optim.Adam(unet.parameters(), 2e-3)
-    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98))
+    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.98))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20, 1.2 * (1 - step / steps))
         index = torch.randint(len(images), (16,))
         prompt = (index >= 1000) * len(TEMPLATES) + torch.randint(len(TEMPLATES), (16,))
-        prompt[torch.rand(16) < 0.1] = len(prompts) - 1  # the empty prompt now and then, which guidance needs
+        # the empty prompt now and then, which guidance needs
+        prompt[torch.rand(16) < 0.1] = len(prompts) - 1
         context = contexts[prompt]
         x0, t = latents[index], torch.randint(1000, (16,))
-        loss = diffusion.simple_loss(lambda x, t: unet(x, t, context), x0, t, torch.randn_like(x0)).mean()
+        loss = diffusion.simple_loss(lambda x, t: unet(x, t, context), x0, t,
+                                     torch.randn_like(x0)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         average.update_parameters(unet)
     networks = {"unet": average.module, "autoencoder": autoencoder, "text_encoder": text}
-    write_published(folder / "tiny.ckpt", {PREFIX[k] + name: v for k, m in networks.items() for name, v in m.state_dict().items()})
+    write_published(folder / "tiny.ckpt", {PREFIX[k] + name: v for k, m in networks.items()
+                                           for name, v in m.state_dict().items()})
     for shape in SHAPES:
         (folder / f"{shape}s").mkdir()
         for i, image in enumerate(drawings(shape, 40, seed=9)):
@@ -123,7 +145,8 @@ def train(folder, seed=0, ae_steps=200, steps=500):
 
 
 def write_published(path, state_dict):
-    """A checkpoint file as Lightning writes it: the state dict beside counters and objects of packages that a reader may lack."""
+    """A checkpoint file as Lightning writes it: the state dict beside counters and
+    objects of packages that a reader may lack."""
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
 
     class ModelCheckpoint:
@@ -140,8 +163,10 @@ def write_published(path, state_dict):
         sys.modules |= {name: types.ModuleType(name) for name in names[:2]} | {names[2]: module}
         callback = ModelCheckpoint()
         callback.monitor, callback.best = "val/loss", torch.tensor(0.1)
-        torch.save({"epoch": 1, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "state_dict": state_dict,
-                    "callbacks": {ModelCheckpoint: {"best": callback}}, "hyper_parameters": AttributeDict(lr=1e-4),
+        torch.save({"epoch": 1, "global_step": 470000, "pytorch-lightning_version": "1.4.2",
+                    "state_dict": state_dict,
+                    "callbacks": {ModelCheckpoint: {"best": callback}},
+                    "hyper_parameters": AttributeDict(lr=1e-4),
                     "optimizer_states": [], "lr_schedulers": []}, path)
     finally:
         for name in names:

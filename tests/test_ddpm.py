@@ -1,4 +1,5 @@
-"""The diffusion's mathematics: schedules, q, the bound, the samplers. Closed forms and numerical integration."""
+"""The diffusion's mathematics: schedules, q, the bound, the samplers. Closed forms and
+numerical integration."""
 
 import gzip
 import math
@@ -17,7 +18,8 @@ DATA = Path(__file__).parent / "data"
 
 
 class GaussianOracle:
-    """The exact eps_theta for data x_0 ~ N(mean, std^2), every dimension alike: E[eps | x_t]."""
+    """The exact eps_theta for data x_0 ~ N(mean, std^2), every dimension alike: E[eps |
+    x_t]."""
 
     def __init__(self, diffusion, mean, std):
         self.diffusion, self.mean, self.std = diffusion, mean, std
@@ -45,7 +47,8 @@ def test_linear_schedule_is_ddpms():
     assert d.alpha_bar[-1].item() == pytest.approx(4.0358e-5, rel=1e-3)
 
 
-@pytest.mark.parametrize("schedule,t", [("linear", 1), ("linear", 500), ("cosine", 30), ("cosine", 900)])
+@pytest.mark.parametrize("schedule,t", [("linear", 1), ("linear", 500), ("cosine", 30),
+                                        ("cosine", 900)])
 def test_a_step_with_eta_1_is_the_ancestral_step_by_bayes_rule(schedule, t):
     """q(x_{t-1} | x_t, x_0) prop. to q(x_t | x_{t-1}) q(x_{t-1} | x_0), on a grid."""
     d = Diffusion(schedule, 1000)
@@ -57,8 +60,11 @@ def test_a_step_with_eta_1_is_the_ancestral_step_by_bayes_rule(schedule, t):
     variance, xt = (shifted - mean) ** 2, xt.item()
     assert variance.item() == pytest.approx(d.posterior_variance[t].item(), rel=2e-3)
     beta, abar_prev = betas[t].item(), (1 - betas[:t]).prod().item()
-    x = np.linspace(mean.item() - 12 * math.sqrt(variance.item()), mean.item() + 12 * math.sqrt(variance.item()), 20001)
-    log_density = -((xt - math.sqrt(1 - beta) * x) ** 2) / (2 * beta) - (x - math.sqrt(abar_prev) * x0) ** 2 / (2 * (1 - abar_prev))
+    x = np.linspace(mean.item() - 12 * math.sqrt(variance.item()),
+                    mean.item() + 12 * math.sqrt(variance.item()), 20001)
+    forward = (xt - math.sqrt(1 - beta) * x) ** 2 / (2 * beta)
+    prior = (x - math.sqrt(abar_prev) * x0) ** 2 / (2 * (1 - abar_prev))
+    log_density = -forward - prior
     p = np.exp(log_density - log_density.max())
     p /= p.sum()
     numeric_mean = (p * x).sum()
@@ -68,7 +74,8 @@ def test_a_step_with_eta_1_is_the_ancestral_step_by_bayes_rule(schedule, t):
 
 def test_predict_x0_inverts_q_sample():
     d = Diffusion("cosine", 1000)
-    x0, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.tensor([0, 10, 200, 500, 900])
+    x0, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4,
+                                                      4), torch.tensor([0, 10, 200, 500, 900])
     assert torch.allclose(d.predict_x0(d.q_sample(x0, t, eps), t, eps), x0, atol=1e-4)
 
 
@@ -76,7 +83,8 @@ def test_clipping_keeps_x0_in_its_box_and_eta_0_adds_no_noise():
     d = Diffusion("linear", 1000)
     t, xt, z = torch.tensor([400]), torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
     silent, gone = lambda x, t: torch.zeros_like(x), torch.tensor([-1])
-    assert torch.equal(d.step(silent, 9 * xt, t, gone, z), (9 * xt / d.alpha_bar[400].sqrt()).clamp(-1, 1))
+    assert torch.equal(d.step(silent, 9 * xt, t, gone, z),
+                       (9 * xt / d.alpha_bar[400].sqrt()).clamp(-1, 1))
     assert d.step(silent, 9 * xt, t, gone, z, clip=False).abs().max() > 1
     assert torch.equal(d.step(silent, xt, t, t - 1, z), d.step(silent, xt, t, t - 1, -z))
 
@@ -92,7 +100,7 @@ def test_the_last_step_is_the_predicted_image(eta):
 
 @pytest.mark.parametrize("steps,eta", [(None, 1.0), (50, 0.0), (200, 1.0)])
 def test_samplers_reach_the_data_distribution(steps, eta):
-    """With the exact eps_theta of N(0.2, 0.3^2), samples have that mean and deviation."""
+    """With the exact eps_theta of N(0.2, 0.3^2), samples have that mean and spread."""
     d = Diffusion("linear", 200)
     x = d.sample(GaussianOracle(d, 0.2, 0.3), 64, (1, 8, 8), steps=steps, eta=eta, clip=False)
     n = x.numel()
@@ -101,12 +109,14 @@ def test_samplers_reach_the_data_distribution(steps, eta):
 
 
 def test_variational_bound_of_the_exact_model_is_the_true_likelihood():
-    """A model that knows the data: the bound lies above -log p(x_0), and closes in on it as T grows."""
+    """A model that knows the data: the bound lies above -log p(x_0), and closes in on
+    it as T grows."""
     mean, std = -0.1, 0.2  # no value reaches the open bins at -1 and 1
     torch.manual_seed(0)
     x0 = ((torch.randn(1000, 1, 4, 4) * std + mean + 1) * 127.5).round() / 127.5 - 1
     log_density = torch.distributions.Normal(mean, std).log_prob(x0).mean().item()
-    true = -(log_density + math.log(2 / 255)) / math.log(2)  # a bin is 2/255 wide; bits per dimension
+    # a bin is 2/255 wide; bits per dimension
+    true = -(log_density + math.log(2 / 255)) / math.log(2)
     gaps = []
     for T in (20, 100, 1000):
         d = Diffusion("linear", T)
@@ -120,15 +130,18 @@ def test_variational_bound_of_the_exact_model_is_the_true_likelihood():
 
 def test_variational_bound_in_a_few_steps_is_near_the_whole():
     d = Diffusion("linear", 1000)
-    x0 = (torch.randn(400, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.2).clamp(-0.9, 0.9)
-    whole, few = (d.variational_bound(GaussianOracle(d, 0.0, 0.2), x0, steps)["total"].mean() for steps in (None, 50))
+    x0 = (torch.randn(400, 1, 4, 4,
+                      generator=torch.Generator().manual_seed(0)) * 0.2).clamp(-0.9, 0.9)
+    whole, few = (d.variational_bound(GaussianOracle(d, 0.0, 0.2), x0, steps)["total"].mean()
+                  for steps in (None, 50))
     assert few.item() == pytest.approx(whole.item(), rel=0.02)
 
 
 def test_variational_bound_grows_when_the_model_is_wrong():
     d = Diffusion("linear", 100)
     x0 = (torch.randn(50, 1, 4, 4) * 0.2).clamp(-0.9, 0.9)
-    right, wrong = (d.variational_bound(GaussianOracle(d, m, 0.2), x0)["total"].mean() for m in (0.0, 0.5))
+    right, wrong = (d.variational_bound(GaussianOracle(d, m, 0.2), x0)["total"].mean()
+                    for m in (0.0, 0.5))
     assert wrong > right + 0.5
 
 
@@ -143,7 +156,8 @@ def test_simple_loss_is_one_for_silence_and_zero_for_the_truth():
     d = Diffusion()
     x0, eps = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
     t = torch.tensor([5, 500, 999])
-    assert torch.equal(d.simple_loss(lambda x, t: torch.zeros_like(x), x0, t, eps), eps.square().flatten(1).mean(1))
+    assert torch.equal(d.simple_loss(lambda x, t: torch.zeros_like(x), x0, t, eps),
+                       eps.square().flatten(1).mean(1))
     assert d.simple_loss(lambda x, t: eps, x0, t, eps).abs().max() == 0
 
 
@@ -153,7 +167,8 @@ def test_stratified_timesteps_cover_the_range_evenly():
         assert t.min() >= low and t.max() < high
         strata = ((t - low).double() * n / (high - low)).floor()
         assert (strata.sort().values - torch.arange(n)).abs().max() <= n / (high - low) + 1
-    counts = torch.stack([stratified_timesteps(10, 0, 5) for _ in range(200)]).flatten().bincount(minlength=5)
+    counts = torch.stack([stratified_timesteps(10, 0, 5)
+                          for _ in range(200)]).flatten().bincount(minlength=5)
     assert (counts == 400).all()
 
 
@@ -188,7 +203,8 @@ def test_sampling_refuses_impossible_step_counts():
 @pytest.mark.parametrize("size", [(28, 28), (32, 32), (7, 7), (13, 18), (1, 5)])
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_unet_takes_any_size(size, patch_size):
-    unet = UNet(in_channels=3, model_channels=16, channel_mult=(1, 2, 2), attention_resolutions=(2,), patch_size=patch_size)
+    unet = UNet(in_channels=3, model_channels=16, channel_mult=(1, 2, 2),
+                attention_resolutions=(2,), patch_size=patch_size)
     x = torch.randn(2, 3, *size)
     assert unet(x, torch.tensor([0, 999])).shape == x.shape
 
@@ -202,11 +218,14 @@ def test_unet_starts_at_zero_and_the_velocity_form_at_its_closed_form():
 
 
 def test_unets_names_are_stable_diffusions():
-    names = set(dict(UNet(model_channels=16, channel_mult=(1, 2), attention_resolutions=(1,)).named_parameters()))
-    for name in ["time_embed.0.weight", "time_embed.2.bias", "input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight",
-                 "input_blocks.1.0.emb_layers.1.weight", "input_blocks.1.0.out_layers.3.weight", "input_blocks.1.1.norm.weight",
-                 "input_blocks.2.0.op.weight", "input_blocks.3.0.skip_connection.weight", "middle_block.0.in_layers.0.weight",
-                 "middle_block.1.proj_out.weight", "output_blocks.1.1.conv.weight", "out.0.weight", "out.2.weight"]:
+    names = set(dict(UNet(model_channels=16, channel_mult=(1, 2),
+                          attention_resolutions=(1,)).named_parameters()))
+    for name in ["time_embed.0.weight", "time_embed.2.bias", "input_blocks.0.0.weight",
+                 "input_blocks.1.0.in_layers.2.weight", "input_blocks.1.0.emb_layers.1.weight",
+                 "input_blocks.1.0.out_layers.3.weight", "input_blocks.1.1.norm.weight",
+                 "input_blocks.2.0.op.weight", "input_blocks.3.0.skip_connection.weight",
+                 "middle_block.0.in_layers.0.weight", "middle_block.1.proj_out.weight",
+                 "output_blocks.1.1.conv.weight", "out.0.weight", "out.2.weight"]:
         assert name in names
     assert "alpha_bar" not in UNet(model_channels=16, alpha_bar=torch.rand(10)).state_dict()
 
@@ -219,7 +238,7 @@ def test_timestep_embedding_is_ddpms():
     assert emb[1, 5].item() == pytest.approx(math.sin(7 * w), abs=1e-6)
 
 
-# --- weights that others published ------------------------------------------------------------------------------
+# --- weights that others published ----------------------------------------------------
 
 PUBLISHED = torch.load(DATA / "ddpm_reference.pt", weights_only=True)
 
@@ -234,15 +253,18 @@ def test_published_networks_give_the_originals_outputs(layout, tmp_path):
     assert (output - reference["output"]).abs().max() < 1e-4
     # each of the settings that sets these networks apart is needed for it
     for name, value in {"norm_eps": 1e-5, "sin_first": False, "pad_end": False}.items():
-        unet, _ = ddpm.build({**checkpoint.config, "unet": {**checkpoint.config["unet"], name: value}})
+        unet, _ = ddpm.build({**checkpoint.config,
+                              "unet": {**checkpoint.config["unet"], name: value}})
         unet.load_state_dict(checkpoint.unet.state_dict())
         with torch.no_grad():
-            assert (unet.eval()(reference["x"], reference["timesteps"]) - reference["output"]).abs().max() > 1e-4, name
+            assert (unet.eval()(reference["x"], reference["timesteps"])
+                    - reference["output"]).abs().max() > 1e-4, name
 
 
 def test_the_newer_spelling_of_attention_is_the_same_network(tmp_path):
     old = PUBLISHED["diffusers"]["state_dict"]
-    spelling = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    spelling = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
+                ".proj_attn.": ".to_out.0."}
     new = {}
     for k, v in old.items():
         for a, b in spelling.items():
@@ -250,28 +272,35 @@ def test_the_newer_spelling_of_attention_is_the_same_network(tmp_path):
         new[k] = v
     assert set(new) != set(old)
     (sizes, a), (new_sizes, b) = from_published(old), from_published(new)
-    assert sizes == new_sizes and a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+    assert sizes == new_sizes
+    assert a.keys() == b.keys()
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
 def test_every_tensor_of_the_published_cifar10_networks_has_its_place(layout):
     with gzip.open(DATA / "ddpm_cifar10_state_dicts.tsv.gz", "rt") as f:
         rows = [line.rstrip("\n").split("\t") for line in f]
-    tensors = {k: torch.empty([int(n) for n in shape.split(",")], device="meta") for l, k, shape in rows if l == layout}
+    tensors = {k: torch.empty([int(n) for n in shape.split(",")], device="meta")
+               for l, k, shape in rows if l == layout}
     assert len(tensors) == 328
     raw = ddpm.published_checkpoint(tensors, "cifar")
     assert sum(v.numel() for v in raw["weights"].values()) == 35_746_307
-    assert raw["config"]["image_shape"] == (3, 32, 32) and raw["data"]["name"] == "cifar10" and raw["config"]["unet"]["attention_resolutions"] == [2]
+    assert raw["config"]["image_shape"] == (3, 32, 32)
+    assert raw["data"]["name"] == "cifar10"
+    assert raw["config"]["unet"]["attention_resolutions"] == [2]
     some = sorted(tensors)[100]
     lacking = {k: v for k, v in tensors.items() if k != some}
     with pytest.raises(ddpm.UserError, match=f"lacks: {some}"):
         ddpm.published_checkpoint(lacking, "cifar")
     with pytest.raises(ddpm.UserError, match="no use: logits.weight"):
-        ddpm.published_checkpoint({**tensors, "logits.weight": torch.empty(1, device="meta")}, "cifar")
+        ddpm.published_checkpoint({**tensors, "logits.weight": torch.empty(1, device="meta")},
+                                  "cifar")
 
 
 def test_a_file_of_another_model_says_so(tmp_path):
-    torch.save({"state_dict": {"model.diffusion_model.out.2.weight": torch.zeros(1)}}, tmp_path / "sd.ckpt")
+    torch.save({"state_dict": {"model.diffusion_model.out.2.weight": torch.zeros(1)}},
+               tmp_path / "sd.ckpt")
     with pytest.raises(ddpm.UserError, match="sd_unlearn.py"):
         ddpm.load_checkpoint(tmp_path / "sd.ckpt")
     torch.save({"state_dict": torch.zeros(1)}, tmp_path / "odd.ckpt")

@@ -15,7 +15,8 @@ from evaluate import (METRICS, Evidence, drift, drift_of_noise, frechet_distance
 
 
 def whitened(n, d, seed):
-    """n points whose sample mean is exactly 0 and sample covariance exactly the identity."""
+    """n points whose sample mean is exactly 0 and sample covariance exactly the
+    identity."""
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = x - x.mean(0)
     return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
@@ -23,10 +24,14 @@ def whitened(n, d, seed):
 
 def test_frechet_distance_is_its_closed_form():
     x = whitened(500, 6, 0)
-    assert frechet_distance(x, x + 2) == pytest.approx(6 * 4, rel=1e-9)  # equal covariances: the means' distance
+    # equal covariances: the means' distance
+    assert frechet_distance(x, x + 2) == pytest.approx(6 * 4, rel=1e-9)
     # commuting covariances: || m ||^2 + sum (s_a - s_b)^2
-    s_a, s_b = torch.tensor([1.0, 2, 3, 0.5, 1, 4]).double(), torch.tensor([2.0, 2, 1, 0.1, 3, 4]).double()
-    assert frechet_distance(x * s_a, x * s_b + 1) == pytest.approx(6 + (s_a - s_b).square().sum().item(), rel=1e-9)
+    s_a, s_b = torch.tensor([1.0, 2, 3, 0.5, 1,
+                             4]).double(), torch.tensor([2.0, 2, 1, 0.1, 3, 4]).double()
+    assert frechet_distance(x * s_a,
+                            x * s_b + 1) == pytest.approx(6 + (s_a - s_b).square().sum().item(),
+                                                          rel=1e-9)
 
 
 def test_frechet_distance_of_covariances_that_do_not_commute():
@@ -34,7 +39,8 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     a, b = torch.randn(5, 5).double(), torch.randn(5, 5).double()
     x = whitened(400, 5, 1)
     cov_a, cov_b = a @ a.T, b @ b.T
-    product_roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # tr (C_a C_b)^1/2
+    # tr (C_a C_b)^1/2
+    product_roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     expected = (cov_a.trace() + cov_b.trace() - 2 * product_roots).item()
     assert frechet_distance(x @ a.T, x @ b.T) == pytest.approx(expected, rel=1e-8)
 
@@ -65,11 +71,13 @@ def test_pul():
 
 
 def test_drift_and_the_worst_kept_class_by_hand():
-    before, after = [10, 50, 30, 20], [0, 50, 15, 35]  # class 0 is forgotten; of 100 retained, 15 went from 2 to 3
+    # class 0 is forgotten; of 100 retained, 15 went from 2 to 3
+    before, after = [10, 50, 30, 20], [0, 50, 15, 35]
     assert drift(before, after, [0]) == pytest.approx(0.15)
     assert drift(before, before, [0]) == 0 and drift([5, 10, 0], [5, 0, 10], [0]) == 1
     assert worst_kept(before, after, [0]) == (2, 0.5)
-    assert worst_kept([3, 0, 4], [0, 9, 4], [0]) == (2, 1.0)  # what was not drawn before cannot be lost
+    # what was not drawn before cannot be lost
+    assert worst_kept([3, 0, 4], [0, 9, 4], [0]) == (2, 1.0)
 
 
 def test_drift_of_noise_is_that_of_two_sets_of_one_model():
@@ -84,7 +92,8 @@ def test_wilson_interval_covers_95_percent():
     torch.manual_seed(0)
     for p in (0.02, 0.1, 0.5):
         counts = torch.distributions.Binomial(300, torch.tensor(p)).sample((2000,)).int().tolist()
-        covered = sum(low <= p <= high for low, high in (wilson_interval(c, 300) for c in counts)) / 2000
+        covered = sum(low <= p <= high for low, high in (wilson_interval(c, 300)
+                                                         for c in counts)) / 2000
         assert 0.92 < covered < 0.98
     assert wilson_interval(0, 100)[0] == 0 and 0 < wilson_interval(0, 100)[1] < 0.05
     assert wilson_interval(100, 100)[1] == pytest.approx(1, abs=1e-12)
@@ -119,8 +128,10 @@ def precision_and_recall(real, generated, k=3):
 def test_precision_and_recall_by_hand():
     """On a line, k = 1: each point's ball reaches to its nearest neighbour."""
     real = torch.tensor([[0.0], [1.0], [10.0], [12.0]])  # balls: [-1, 1], [0, 2], [8, 12], [10, 14]
-    generated = torch.tensor([[0.5], [0.75], [9.0], [30.0]])  # balls: [0.25, 0.75], [0.5, 1], [0.75, 17.25], [9, 51]
-    assert precision_and_recall(real, generated, k=1) == (3 / 4, 3 / 4)  # 30 is off the real manifold; 0 off the generated one
+    # balls: [0.25, 0.75], [0.5, 1], [0.75, 17.25], [9, 51]
+    generated = torch.tensor([[0.5], [0.75], [9.0], [30.0]])
+    # 30 is off the real manifold; 0 off the generated one
+    assert precision_and_recall(real, generated, k=1) == (3 / 4, 3 / 4)
 
 
 def test_precision_is_quality_and_recall_variety():
@@ -135,7 +146,8 @@ def test_precision_is_quality_and_recall_variety():
     assert precision_and_recall(real, noise)[0] < 0.05
     assert precision_and_recall(real, real) == (1, 1)
     p, r = precision_and_recall(real, same)
-    assert precision_and_recall(same, real) == (r, p)  # the one is the other with the sets exchanged
+    # the one is the other with the sets exchanged
+    assert precision_and_recall(same, real) == (r, p)
 
 
 def test_the_table_of_metrics_is_that_of_the_functions():
@@ -159,4 +171,5 @@ def test_jitter_keeps_size_and_content():
     assert y.shape == x.shape and not torch.equal(y, x)
     for a, b in zip(x, y):  # a shift by at most 4, mirrored or not, of what was there
         padded = torch.nn.functional.pad(torch.stack([a, a.flip(2)]), (4,) * 4, mode="reflect")
-        assert any(torch.equal(p[:, dy : dy + 16, dx : dx + 16], b) for p in padded for dy in range(9) for dx in range(9))
+        assert any(torch.equal(p[:, dy : dy + 16, dx : dx + 16], b) for p in padded
+                   for dy in range(9) for dx in range(9))

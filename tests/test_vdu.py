@@ -1,4 +1,5 @@
-"""The paper's losses and posterior: against torch.distributions, finite differences, and a closed-form toy."""
+"""The paper's losses and posterior: against torch.distributions, finite differences,
+and a closed-form toy."""
 
 import copy
 
@@ -23,7 +24,8 @@ def random_posterior(shapes=((3, 2), (4,)), seed=0):
 
 def random_theta(posterior, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return {k: m + torch.randn(m.shape, generator=g, dtype=torch.float64) for k, m in posterior.mean.items()}
+    return {k: m + torch.randn(m.shape, generator=g, dtype=torch.float64)
+            for k, m in posterior.mean.items()}
 
 
 def test_stability_loss_is_zero_at_the_mean_alone():
@@ -47,18 +49,22 @@ def test_stability_gradient_is_that_of_finite_differences():
 
 
 def test_objective_is_the_kl_of_gaussians_up_to_its_constants():
-    """B = KL(q || p(theta | D)) - KL at theta = mu*, for q = prod N(theta_i, s_i^2) with any fixed s."""
+    """B = KL(q || p(theta | D)) - KL at theta = mu*, for q = prod N(theta_i, s_i^2)
+    with any fixed s."""
     posterior = random_posterior()
     theta = random_theta(posterior)
     s = {k: torch.rand_like(v) + 0.05 for k, v in theta.items()}
 
     def kl(center):
-        return sum(kl_divergence(Normal(center[k], s[k]), Normal(posterior.mean[k], posterior.std[k])).sum() for k in center)
+        return sum(kl_divergence(Normal(center[k], s[k]),
+                                 Normal(posterior.mean[k], posterior.std[k])).sum() for k in center)
 
     B = stability_loss(theta, posterior)
     assert B.item() == pytest.approx((kl(theta) - kl(posterior.mean)).item(), rel=1e-12)
-    # The whole objective: KL(q || Z p(theta|D) / p(D_f|theta)) = KL(q || p(theta|D)) + log p(D_f|theta) + const, with
-    # log p(D_f|theta) = -A, for a likelihood that is Gaussian in theta, so that A is known.
+    # The whole objective: KL(q || Z p(theta|D) / p(D_f|theta)) = KL(q || p(theta|D)) +
+    # log p(D_f|theta) + const, with
+    # log p(D_f|theta) = -A, for a likelihood that is Gaussian in theta, so that A is
+    # known.
     def A(t):
         return sum((v - 2).square().sum() for v in t.values())
 
@@ -81,12 +87,15 @@ def test_stability_does_not_depend_on_names_or_order():
     order = {k: torch.randperm(v.numel()) for k, v in theta.items()}
     relabel = lambda d: {f"new-{k}": d[k].reshape(-1)[order[k]] for k in reversed(list(d))}
     shuffled = GaussianPosterior(relabel(posterior.mean), relabel(posterior.std), posterior.n)
-    assert stability_loss(relabel(theta), shuffled).item() == pytest.approx(stability_loss(theta, posterior).item(), rel=1e-12)
+    assert stability_loss(relabel(theta),
+                          shuffled).item() == pytest.approx(stability_loss(theta, posterior).item(),
+                                                            rel=1e-12)
 
 
 def test_running_posterior_is_mean_and_std():
     torch.manual_seed(0)
-    draws = torch.randn(40, 3, 2) * 0.01 + 5  # a spread small beside the mean, where naive sums of squares fail
+    # a spread small beside the mean, where naive sums of squares fail
+    draws = torch.randn(40, 3, 2) * 0.01 + 5
     running = RunningPosterior([("w", draws[0])])
     for w in draws:
         running.update([("w", w)])
@@ -120,13 +129,16 @@ def test_plasticity_loss_is_the_squared_error_and_its_gradient():
     torch.manual_seed(0)
     x0, eps, t = torch.randn(4, 1, 5, 5), torch.randn(4, 1, 5, 5), torch.tensor([0, 20, 60, 99])
     a = plasticity_loss(unet, d, x0, t, eps)
-    xt = d.alpha_bar[t].sqrt().view(-1, 1, 1, 1) * x0 + (1 - d.alpha_bar[t]).sqrt().view(-1, 1, 1, 1) * eps
+    xt = d.alpha_bar[t].sqrt().view(-1, 1, 1, 1) * x0 + (1
+                                                         - d.alpha_bar[t]).sqrt().view(-1, 1, 1,
+                                                                                       1) * eps
     assert torch.allclose(a, (eps - 0.3 * xt).square().sum((1, 2, 3)), rtol=1e-5)
     a.mean().backward()
-    assert w.grad.item() == pytest.approx((-2 * xt * (eps - 0.3 * xt)).sum((1, 2, 3)).mean().item(), rel=1e-4)
+    assert w.grad.item() == pytest.approx((-2 * xt * (eps - 0.3 * xt)).sum((1, 2, 3)).mean().item(),
+                                          rel=1e-4)
 
 
-# --- a toy: 4x4 images of two classes, bright left and bright right -------------------------------------------------
+# --- a toy: 4x4 images of two classes, bright left and bright right -------------------
 
 
 def toy_images(n, left, seed=0):
@@ -191,10 +203,12 @@ def test_gamma_1_leaves_the_model_at_the_posterior_mean(toy):
 
 
 def test_unlearning_raises_the_error_on_the_forgotten_class_more(toy):
-    """One plain step along the posterior's gradient direction: A of D_f grows, and grows more than the other class's."""
+    """One plain step along the posterior's gradient direction: A of D_f grows, and
+    grows more than the other class's."""
     d, unet, posterior = toy
     model = copy.deepcopy(unet)
-    paper_unlearn(toy, model, toy_images(500, 1), gamma=0.05, lr=0.004, steps=30, batch_size=64, t_range=(0.3, 1.0))
+    paper_unlearn(toy, model, toy_images(500, 1), gamma=0.05, lr=0.004, steps=30, batch_size=64,
+                  t_range=(0.3, 1.0))
 
     @torch.no_grad()
     def error(net, x0):
@@ -202,7 +216,8 @@ def test_unlearning_raises_the_error_on_the_forgotten_class_more(toy):
         t = torch.arange(30, 100).repeat_interleave(len(x0) // 70)
         return plasticity_loss(net, d, x0[: len(t)], t, torch.randn(len(t), 1, 4, 4)).mean().item()
 
-    growth = [error(model, toy_images(490, left, seed=7)) - error(unet, toy_images(490, left, seed=7)) for left in (1, 0)]
+    growth = [error(model, toy_images(490, left, seed=7))
+              - error(unet, toy_images(490, left, seed=7)) for left in (1, 0)]
     assert growth[0] > 0 and growth[0] > 1.5 * growth[1]
 
 
@@ -212,13 +227,15 @@ def function_space(toy, forget, rho=0.5, kappa=3.0, batch_size=64):
     first = Likeness(unet, d, forget, generated, rho)
     kept = generated[first.of_images(generated).argsort()[: round((1 - rho) * 300)]]
     likeness = Likeness(unet, d, forget, kept, rho, levels=range(20))
-    objective = FunctionSpaceObjective(d, posterior, forget, None, batch_size, (0.3, 1.0), frozen=unet, kept=kept,
+    objective = FunctionSpaceObjective(d, posterior, forget, None, batch_size, (0.3, 1.0),
+                                       frozen=unet, kept=kept,
                                        likeness=likeness, rho=rho, kappa=kappa)
     return objective, likeness, generated
 
 
 def test_forgets_one_of_two_classes(toy):
-    """End to end: `left` goes, and what is drawn instead are still images of the class that stays."""
+    """End to end: `left` goes, and what is drawn instead are still images of the class
+    that stays."""
     d, unet, posterior = toy
     torch.manual_seed(0)
     objective, likeness, _ = function_space(toy, toy_images(500, 1), kappa=6.0)
@@ -233,11 +250,13 @@ def test_forgets_one_of_two_classes(toy):
     assert (right - toy_images(500, 0).mean(0)).abs().mean() < 0.05
     for step, share in check.history:  # the network's own judgement is the true share's
         assert step in range(0, 251, 50)
-    assert check.history[0][1] == pytest.approx(before, abs=0.1) and check.history[-1][1] < 0.1 * before
+    assert check.history[0][1] == pytest.approx(before, abs=0.1)
+    assert check.history[-1][1] < 0.1 * before
 
 
 def test_the_regression_has_the_minimum_of_the_exact_form(toy):
-    """At one x_t: argmin F - rho A is eps* + w/(1-w) (eps* - eps_f), and so is that of the regression on both targets."""
+    """At one x_t: argmin F - rho A is eps* + w/(1-w) (eps* - eps_f), and so is that of
+    the regression on both targets."""
     w, star_r = 0.3, 0.7  # eps_r, what the retained data predict; eps_f, what D_f does
     eps_f = -0.4
     star = (1 - w) * star_r + w * eps_f
@@ -249,11 +268,14 @@ def test_the_regression_has_the_minimum_of_the_exact_form(toy):
     assert star + w / (1 - w) * (star - eps_f) == pytest.approx(star_r)
 
     d, unet, posterior = toy
-    objective, likeness, _ = function_space(toy, toy_images(64, 1), rho=0.2, kappa=1.5, batch_size=16)
-    assert objective.weight.mean().item() == pytest.approx(1, abs=1e-5) and objective.weight.shape == (100,)
+    objective, likeness, _ = function_space(toy, toy_images(64, 1), rho=0.2, kappa=1.5,
+                                            batch_size=16)
+    assert objective.weight.mean().item() == pytest.approx(1, abs=1e-5)
+    assert objective.weight.shape == (100,)
     torch.manual_seed(3)
     with torch.no_grad():
-        loss, numbers = objective(unet)  # at theta*: F = 0, and || past (e* - eps) ||^2 of D_f is left
+        # at theta*: F = 0, and || past (e* - eps) ||^2 of D_f is left
+        loss, numbers = objective(unet)
     torch.manual_seed(3)
     x0, t, eps, _ = objective.draw()
     with torch.no_grad():
@@ -261,22 +283,25 @@ def test_the_regression_has_the_minimum_of_the_exact_form(toy):
     w = likeness(d.q_sample(x0, t, eps), t)
     past = (1 + 1.5 * w / (1 - w)).clamp(max=objective.FURTHEST)
     expected = 0.2 * (objective.weight[t] * past**2 * a).mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=0.02)  # bfloat16, where the processor has it
-    assert numbers["A"] == pytest.approx(a.mean().item() / 16, rel=0.02) and numbers["F"] < 1e-4 * numbers["A"]
+    # bfloat16, where the processor has it
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert numbers["A"] == pytest.approx(a.mean().item() / 16, rel=0.02)
+    assert numbers["F"] < 1e-4 * numbers["A"]
 
 
 def test_exact_form_is_the_loss_on_the_retained_data():
-    """F - rho A = (1 - rho) E_D_r || eps - eps_theta ||^2 + const, where eps_theta* is the conditional mean: two Gaussians, by numbers."""
+    """F - rho A = (1 - rho) E_D_r || eps - eps_theta ||^2 + const, where eps_theta* is
+    the conditional mean: two Gaussians, by numbers."""
     torch.manual_seed(0)
     d, n, rho = Diffusion("linear", 100), 400_000, 0.3
-    t = torch.full((n,), 60)
     gone = torch.rand(n) < rho
     x0 = torch.where(gone, 0.5, -0.5) + 0.2 * torch.randn(n)
     eps = torch.randn(n)
     xt = d.alpha_bar[60].sqrt() * x0 + (1 - d.alpha_bar[60]).sqrt() * eps
     edges = torch.quantile(xt[:100_000], torch.linspace(0, 1, 201)[1:-1])
     cell = torch.bucketize(xt, edges)
-    star = torch.zeros(200).index_add(0, cell, eps) / cell.bincount(minlength=200)  # E[eps | x_t], on a grid
+    # E[eps | x_t], on a grid
+    star = torch.zeros(200).index_add(0, cell, eps) / cell.bincount(minlength=200)
     loss = lambda table, where: (eps - table[cell]).square()[where].mean()
     everything = torch.ones(n, dtype=torch.bool)
     differences = []
@@ -284,8 +309,10 @@ def test_exact_form_is_the_loss_on_the_retained_data():
         table = star + shift * torch.sin(torch.arange(200) / 20)
         F = (table[cell] - star[cell]).square().mean()
         differences.append((F - rho * loss(table, gone) - (1 - rho) * loss(table, ~gone)).item())
-        assert F.item() == pytest.approx((loss(table, everything) - loss(star, everything)).item(), abs=1e-5)
-    assert differences[0] == pytest.approx(differences[1], abs=2e-3)  # gone.mean() is rho but for chance
+        assert F.item() == pytest.approx((loss(table, everything) - loss(star, everything)).item(),
+                                         abs=1e-5)
+    # gone.mean() is rho but for chance
+    assert differences[0] == pytest.approx(differences[1], abs=2e-3)
 
 
 def test_check_stops_the_loop_and_tells(toy):
@@ -305,11 +332,13 @@ def test_check_stops_the_loop_and_tells(toy):
 
 def test_a_step_is_the_chain_rule_and_its_minimum_the_closed_form():
     """A quadratic toy whose A = a . theta: SGD in z ends at theta_i - mu*_i =
-    ((1-gamma)/gamma) (P/d) sigma*_i^2 dA/dtheta_i, and its first step is lr sigma*^2 dL/dtheta."""
+    ((1-gamma)/gamma) (P/d) sigma*_i^2 dA/dtheta_i, and its first step is lr sigma*^2
+    dL/dtheta."""
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 2)
     posterior = GaussianPosterior({k: torch.randn_like(p) for k, p in net.named_parameters()},
-                                  {k: torch.rand_like(p) + 0.2 for k, p in net.named_parameters()}, 5)
+                                  {k: torch.rand_like(p) + 0.2
+                                   for k, p in net.named_parameters()}, 5)
     slope = {k: torch.randn_like(p) for k, p in net.named_parameters()}
     gamma, scale = 0.3, 4 / 8  # d = 4 dimensions, P = 8 parameters
 
@@ -347,15 +376,18 @@ def test_infinite_loss_stops_with_the_step_and_leaves_the_mean(toy):
 
 
 def test_likeness_is_the_share_of_d_f(toy):
-    """w is near 1 for D_f at little noise, near 0 for the other class, and rho where nothing can be told."""
+    """w is near 1 for D_f at little noise, near 0 for the other class, and rho where
+    nothing can be told."""
     d, unet, _ = toy
     torch.manual_seed(0)
-    likeness = Likeness(unet, d, toy_images(100, 1, seed=5), toy_images(140, 0, seed=4), rho=0.3, levels=range(20))
+    likeness = Likeness(unet, d, toy_images(100, 1, seed=5), toy_images(140, 0, seed=4), rho=0.3,
+                        levels=range(20))
     left, right = toy_images(200, 1, seed=6), toy_images(200, 0, seed=7)
     w = lambda x, t: likeness(d.q_sample(x, t, torch.randn_like(x)), t).mean().item()
     t = torch.full((200,), 20)
     assert w(left, t) > 0.7 and w(right, t) < 0.1
-    assert 0.15 < w(left, torch.full((200,), 99)) < 0.5 and 0.15 < w(right, torch.full((200,), 99)) < 0.5
+    assert 0.15 < w(left, torch.full((200,), 99)) < 0.5
+    assert 0.15 < w(right, torch.full((200,), 99)) < 0.5
     ratio = likeness.of_images(torch.cat([left, right]))
     assert (ratio[:200].min() > ratio[200:].max()).item()
 
@@ -372,11 +404,13 @@ def test_logistic_regression_finds_the_log_odds_of_two_gaussians():
 def test_posterior_of_another_network_is_refused(toy):
     d, unet, posterior = toy
     with pytest.raises(UserError, match="do not match"):
-        paper_unlearn(toy, UNet(model_channels=32, channel_mult=(1,), num_heads=1), toy_images(8, 1), gamma=0.5, lr=0.1, steps=1)
+        paper_unlearn(toy, UNet(model_channels=32, channel_mult=(1,), num_heads=1),
+                      toy_images(8, 1), gamma=0.5, lr=0.1, steps=1)
 
 
 def test_guessed_sigma_is_a_share_of_each_tensors_scale():
     tensors = {"a": torch.tensor([3.0, -4.0]), "b": torch.full((2, 3), 0.1)}
     posterior = guessed_posterior(tensors.items(), share=0.5)
     assert posterior.n == 1 and all(torch.equal(posterior.mean[k], v) for k, v in tensors.items())
-    assert posterior.std["a"].item() == pytest.approx(0.5 * 12.5**0.5) and posterior.std["b"].item() == pytest.approx(0.05)
+    assert posterior.std["a"].item() == pytest.approx(0.5 * 12.5**0.5)
+    assert posterior.std["b"].item() == pytest.approx(0.05)
