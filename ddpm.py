@@ -15,14 +15,20 @@ D = C*H*W.
 
 import argparse
 import contextlib
+import hashlib
+import json
 import math
+import mmap
 import os
 import pickle
+import pickletools
+import re
 import signal
 import sys
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +36,7 @@ import torch.nn as nn
 from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
-from unet import UNet, from_published
+from unet import UNet, from_published, is_diffusers
 
 try:
     import resource
@@ -318,47 +324,68 @@ def build(config, device="cpu"):
     return unet.to(device), diffusion.to(device)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", assume=None):
     """A checkpoint of train_ddpm.py or vdu.py, or published DDPM weights.
 
     Its unet is in eval mode and on `device`, the posterior as it lies in the file, in
-    float32.
+    float32. assume: published_checkpoint's.
     Raises UserError if the file is missing, truncated, not weights, or in none of these
     layouts.
     """
     raw = read_file(path)
-    raw = published_checkpoint(raw, path) or raw
+    raw = published_checkpoint(raw, path, assume) or raw
     entries = set(raw) if isinstance(raw, dict) else set()
     missing = {"config", "weights", "data", "step"} - entries
     if missing:
         raise UserError(f"{path} is not a checkpoint of this repository, nor DDPM's published "
                         f"weights: it lacks {', '.join(sorted(missing))}")
-    unet, diffusion = build(raw["config"], device)
     try:
-        unet.load_state_dict(raw["weights"])
-    except RuntimeError as e:
-        reason = str(e).splitlines()[-1].strip()[:120]
-        raise UserError(f"{path}: the weights do not fit the network that the file describes "
-                        f"({reason})") from e
-    posterior = raw.get("posterior")
+        return checkpoint_of(raw, os.fspath(path), device)
+    except UserError:
+        raise
+    except Exception as e:  # the right names, and anything below them
+        reason = str(e).splitlines()[-1:] or [type(e).__name__]
+        raise UserError(f"{path}: what it holds does not fit together, as a checkpoint "
+                        f"({reason[0].strip()[:120]})") from e
+
+
+def checkpoint_of(raw, path, device):
+    """A file's dictionary as a Checkpoint. Raises whatever wrong contents cause."""
+    config, data, weights, posterior = (raw.get(k) for k in ("config", "data", "weights",
+                                                             "posterior"))
+    blocks = config["unet"].get("num_res_blocks", 1)
+    if not 1 <= config["timesteps"] <= 10**5 or blocks > len(weights):
+        raise ValueError("sizes out of range")
+    # compared before they take memory: the file may describe a network of any size
+    build(config, "meta")[0].load_state_dict({k: v.to("meta") for k, v in weights.items()})
+    check_finite(path, weights)
+    unet, diffusion = build(config, device)
+    unet.load_state_dict(weights)
     if posterior:
         mean, std = ({k: v.float() for k, v in posterior[m].items()} for m in ("mean", "std"))
-        posterior = {"mean": mean, "std": std, "n": posterior["n"]}
-    return Checkpoint(unet.eval(), diffusion, posterior, raw["config"], raw["data"],
-                      raw["step"], raw.get("forgotten"), os.fspath(path), raw)
+        shapes = [{k: v.shape for k, v in d} for d in (mean.items(), unet.named_parameters())]
+        if shapes[0] != shapes[1] or any((mean[k] + std[k]).shape != mean[k].shape for k in mean):
+            raise ValueError("the posterior is of another network")
+        check_finite(path, {f"posterior's {k}": mean[k] + std[k] for k in mean})
+        posterior = {"mean": mean, "std": std, "n": int(posterior["n"])}
+    for key in ("name", "source", "root", "classes", "excluded", "images"):
+        data[key]
+    return Checkpoint(unet.eval(), diffusion, posterior, config, data, int(raw["step"]),
+                      raw.get("forgotten"), path, raw)
 
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse",
                    "ship", "truck"]
 
 
-def published_checkpoint(raw, path):
+def published_checkpoint(raw, path, assume=None):
     """Published DDPM weights (unet.py) as the dictionary of a checkpoint.
 
-    raw: what the file holds.  Returns None for a file in none of the published layouts.
-    The size of the images is read off where the network attends, at 16x16 in every DDPM
-    (Ho et al. 2020, appendix B). Raises UserError that lists the names that are missing
-    or too many.
+    raw: what the file holds.  assume: entries of diffusers' config.json, beside which
+    such weights lie; they go before what it says.  Returns None for a file in none of
+    the published layouts. Where nothing says the size of the images, it is read off
+    where the network attends, at 16x16 in every DDPM (Ho et al. 2020, appendix B).
+    Raises UserError that lists the names that are missing.
     """
     raw = raw.get("state_dict", raw) if isinstance(raw, dict) else None
     if not isinstance(raw, dict):
@@ -366,24 +393,50 @@ def published_checkpoint(raw, path):
     if any(str(k).startswith("model.diffusion_model.") for k in raw):
         raise UserError(f"{path} is a Stable Diffusion checkpoint: sd_unlearn.py is for those")
     try:
-        published = from_published(raw)
-    except (ValueError, AttributeError) as e:
+        config = read_diffusers_config(path, assume or {}) if is_diffusers(raw) else {}
+        published = from_published(raw, config)
+    except (ValueError, AttributeError, OSError) as e:
         raise UserError(f"{path}, in a layout of DDPM's published weights, {e}") from e
     if published is None:
         return None
     sizes, weights = published
-    channels, size = sizes["in_channels"], 16 * (sizes["attention_resolutions"] or [2])[0]
+    channels = sizes["in_channels"]
+    size = config.get("sample_size") or 16 * (sizes["attention_resolutions"] or [2])[0]
     config = {"unet": sizes, "schedule": "linear", "timesteps": 1000, "velocity": False,
               "image_shape": (channels, size, size)}
     cifar10 = (channels, size) == (3, 32)
     data = {"name": "cifar10" if cifar10 else "unknown", "source": "published weights",
             "root": None, "classes": CIFAR10_CLASSES if cifar10 else [], "excluded": [],
             "images": 50_000 if cifar10 else None}
+    print(f"{path}: published weights; taken to be of images of {size}x{size}, trained with the "
+          f"linear schedule of 1,000 steps{', and CIFAR-10' * cifar10}")
     return {"config": config, "weights": weights, "data": data, "step": 0, "posterior": None}
 
 
+# What google/ddpm-cifar10-32's config.json says of what no tensor tells.
+DDPM_CONFIG = {"attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
+               "flip_sin_to_cos": False, "freq_shift": 1}
+
+
+def read_diffusers_config(path, assume):
+    """The config.json beside the weights, or DDPM's, with the entries of `assume`."""
+    beside = Path(path).with_name("config.json")
+    if beside.exists():
+        return {**json.loads(beside.read_text(encoding="utf-8")), **assume}
+    config = {**DDPM_CONFIG, **assume}
+    print(f"no config.json beside {path}: assuming that it would say "
+          f"{', '.join(f'{k}={json.dumps(v)}' for k, v in config.items())} "
+          "(vdu.py --assume KEY=VALUE says otherwise)")
+    return config
+
+
 def save_checkpoint(path, contents):
-    """Write the dictionary `contents` (tensors and plain values), all or nothing.
+    """Write the dictionary `contents` (tensors and plain values), all or nothing."""
+    write_atomically(path, lambda f: torch.save(contents, f))
+
+
+def write_atomically(path, write):
+    """Open `path` for bytes, and call write(file).
 
     The bytes go to a temporary file beside it, which then takes the name in one step: a
     crash, Ctrl-C or a full disk leaves the old file as it was. Raises UserError when it
@@ -394,7 +447,7 @@ def save_checkpoint(path, contents):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as f:
-            torch.save(contents, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -411,7 +464,7 @@ class StandIn:
     """What a class of another package becomes when a file is read: it does nothing."""
 
     def __new__(cls, *args, **kwargs):
-        # torch's reader fills no mapping but its own; numpy's numbers set a state.
+        # torch's reader fills no mapping but its own; numpy's arrays set a state.
         return super().__new__(cls) if cls.__module__.startswith("numpy") else OrderedDict()
 
     def __init__(self, *args, **kwargs):
@@ -421,14 +474,13 @@ class StandIn:
         pass
 
 
-# What training tools leave beside the weights, and the standard library counts as its
-# own.
-HARMLESS = {"argparse.Namespace", "collections.defaultdict", "collections.deque",
-            "datetime.datetime", "datetime.timedelta", "pathlib.PosixPath", "pathlib.WindowsPath",
-            "pathlib.Path", "typing.Any", "numpy.core.multiarray.scalar",
-            "numpy._core.multiarray.scalar", "numpy.dtype", "builtins.bool", "builtins.dict",
-            "builtins.float", "builtins.frozenset", "builtins.int", "builtins.list",
-            "builtins.str", "builtins.tuple"}
+# What training tools leave beside the weights, and Python, numpy and torch count as
+# their own: settings, dates, paths, states of schedulers and of random numbers.
+HARMLESS = re.compile(
+    r"argparse\.Namespace|collections\.(defaultdict|deque)|datetime\.\w+|typing\.Any|"
+    r"pathlib\.(\w+\.)?\w*Path|numpy\.(_?core\.multiarray\.)?(scalar|dtype|ndarray|"
+    r"_reconstruct)|numpy\.random\.\w+\.\w+|torch\.optim\.\w+\.[A-Z]\w+|"
+    r"builtins\.(bool|dict|float|frozenset|int|list|str|tuple)")
 
 
 def harmless(name):
@@ -442,22 +494,59 @@ def harmless(name):
     module, _, last = name.rpartition(".")
     root = module.split(".")[0]
     foreign = root not in sys.stdlib_module_names and root != "torch"
-    return name in HARMLESS or (foreign and last[:1].isupper())
+    return HARMLESS.fullmatch(name) or (foreign and last[:1].isupper())
 
 
-def read_file(path, mmap=False, make_one="train one with: python train_ddpm.py --dataset mnist"):
-    """torch.load(weights_only=True) with errors that say what is wrong.
+def check_archive(path):
+    """Raise UserError for what torch never writes and a reader could choke on.
+
+    A compressed archive, memory asked for by number (bytearray), or tuples in tuples
+    without end, which are found before anything is unpickled.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise UserError(f"{path} was refused: it is compressed, and files of weights are not")
+        pickles = [archive.read(e) for e in entries if e.filename.endswith("data.pkl")]
+    depth = 0  # tuples since anything else was built: no more than a handful in a tensor
+    for opcode, argument, _ in (op for text in pickles for op in pickletools.genops(text)):
+        if opcode.name in ("REDUCE", "BINPERSID", "SETITEM", "SETITEMS", "APPEND", "APPENDS"):
+            depth = 0
+        depth += opcode.name.startswith("TUPLE")
+        if depth > 1000 or (opcode.name == "GLOBAL" and argument.endswith(" bytearray")):
+            raise UserError(f"{path} was refused: it holds what a file of weights never needs")
+
+
+def check_tensors(contents, path):
+    """Raise UserError for a tensor that is larger than the numbers behind it."""
+    values = [contents]
+    while values:
+        value = values.pop()
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                raise UserError(f"{path} was refused: it holds a tensor that repeats its numbers")
+        elif isinstance(value, (dict, list, tuple)):
+            values += value.values() if isinstance(value, dict) else value
+
+
+def read_file(path, lazy=False, make_one="train one with: python train_ddpm.py --dataset mnist"):
+    """torch.load(weights_only=True) with errors that say what is wrong; safetensors.
 
     Never executes what a pickle asks for: objects of other packages beside the weights
-    (a trainer's callbacks) are read as StandIns. mmap=True leaves the numbers on disk
+    (a trainer's callbacks) are read as StandIns. lazy=True leaves the numbers on disk
     until they are needed. Raises UserError for a file that is missing, cut short, or
     asks for more.
     """
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}; {make_one}")
+    if os.fspath(path).endswith(".safetensors"):
+        return read_safetensors(path)
     try:
         is_zip = zipfile.is_zipfile(path)  # torch's format since 1.6: it can be listed and mapped
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        foreign = []
+        if is_zip:
+            check_archive(path)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = sorted(name for name in foreign if not harmless(name))
         if refused:
             raise UserError(f"{path} is not a file of weights and was refused: it asks for "
@@ -465,7 +554,9 @@ def read_file(path, mmap=False, make_one="train one with: python train_ddpm.py -
         split = [name.rpartition(".") for name in foreign]
         stand_ins = [type(last, (StandIn,), {"__module__": module}) for module, _, last in split]
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy and is_zip)
+        check_tensors(raw, path)
+        return raw
     except UserError:
         raise
     except pickle.UnpicklingError as e:
@@ -474,6 +565,87 @@ def read_file(path, mmap=False, make_one="train one with: python train_ddpm.py -
     except Exception as e:  # a reader of pickles can stumble in any way over other bytes
         raise UserError(f"{path} is damaged or cut short, or not a PyTorch file "
                         f"({first_line(e)[:80]})") from e
+
+
+# The safetensors format: 8 bytes that count the header's, the header in JSON (name ->
+# dtype, shape, first and last byte of the data), then the data of all tensors.
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+               "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor}, left on disk until they are used.
+
+    Raises UserError for a file whose header and size do not agree in everything.
+    """
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands there twice")
+        return dict(pairs)
+
+    try:
+        with open(path, "rb") as f:
+            content = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # the file stays as it is
+        start = 8 + int.from_bytes(content[:8], "little")
+        if not 8 < start <= min(len(content), 8 + 100_000_000):
+            raise ValueError("its header's length is wrong")
+        header = json.loads(content[8:start], object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        tensors, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (first, last) = (SAFETENSORS[entry["dtype"]], entry["shape"],
+                                           entry["data_offsets"])
+            fits = last - first == math.prod(shape) * dtype.itemsize and min(shape, default=0) >= 0
+            if first != end or not fits or start + last > len(content):  # no gap, no overlap
+                raise ValueError(f"{name} does not lie where the header says")
+            data = torch.empty(0, dtype=torch.uint8)
+            if last > first:
+                data = torch.frombuffer(content, dtype=torch.uint8, count=last - first,
+                                        offset=start + first)
+            aligned = (start + first) % dtype.itemsize == 0
+            tensors[name] = (data if aligned else data.clone()).view(dtype).view(shape)
+            end = last
+        if start + end != len(content):
+            raise ValueError("it holds bytes that its header does not name")
+        return tensors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path} is damaged or cut short, or not a safetensors file "
+                        f"({first_line(e)[:80]})") from e
+
+
+def write_safetensors(file, tensors, metadata):
+    """Write {name: tensor} to an open file. metadata: {str: str}."""
+    names, header, end = {v: k for k, v in SAFETENSORS.items()}, {"__metadata__": metadata}, 0
+    for name, v in tensors.items():
+        first, end = end, end + v.numel() * v.element_size()
+        header[name] = {"dtype": names[v.dtype], "shape": list(v.shape),
+                        "data_offsets": [first, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
+    file.write(len(text).to_bytes(8, "little") + text)
+    for v in tensors.values():
+        file.write(bytes_of(v))
+
+
+def bytes_of(tensor):
+    """The bytes of a tensor's numbers, in order: a numpy array."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def digest(tensors):
+    """A name for the numbers of tensors: 16 hexadecimal digits of their SHA-256."""
+    sha = hashlib.sha256()
+    for v in tensors:
+        sha.update(bytes_of(v))
+    return sha.hexdigest()[:16]
+
+
+def check_finite(path, tensors):
+    """Raise UserError that names the first of {name: tensor} with a nan or infinity."""
+    for name, v in tensors.items():
+        if v.is_floating_point() and not torch.isfinite(v).all():
+            raise UserError(f"{path} is broken: {name} holds numbers that are not finite")
 
 
 # --------------------------------------------------------------------------------------
@@ -526,13 +698,24 @@ def number(kind, low, high=math.inf, above=False, below=False):
     return parse
 
 
+def key_value(text):
+    """An argparse `type`: KEY=VALUE, the value in JSON -> (key, value)."""
+    key, equals, value = text.partition("=")
+    try:
+        return key, json.loads(value if equals else "")
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as norm_eps=1e-5 or "
+                                         f"attention_head_dim=null, not {text!r}") from e
+
+
 class TimeRange(argparse.Action):
     """--t-range LOW HIGH: two shares of T, 0 <= LOW < HIGH <= 1."""
 
     def __call__(self, parser, namespace, values, option=None):
         low, high = values
-        if not 0 <= low < high <= 1:
-            parser.error(f"argument {option}: needs two shares of T, 0 <= LOW < HIGH <= 1")
+        if not (0 <= low < high <= 1 and high - low >= 0.01):
+            parser.error(f"argument {option}: needs two shares of T, 0 <= LOW < HIGH <= 1, at "
+                         "least 0.01 apart")
         setattr(namespace, self.dest, [low, high])
 
 
@@ -552,15 +735,34 @@ def fill_in(args, defaults):
             setattr(args, name, value)
 
 
-def check_output(path, overwrite):
-    """Raise UserError before any work if `path` exists and may not be replaced."""
-    if os.path.exists(path) and not overwrite:
-        raise UserError(f"{path} exists already; add --overwrite to replace it, or choose another "
-                        "--output")
+def check_outputs(paths, overwrite):
+    """Raise UserError, before any work, for what may not or cannot be written."""
+    for path in map(Path, paths):
+        if len(path.name.encode()) > 240:  # most file systems end at 255
+            raise UserError(f"{path} cannot be written, its name is too long: choose another "
+                            "--output")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a file of that name is to be written")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists already; add --overwrite to replace it, or choose "
+                            "another --output")
+        folder = next(p for p in path.absolute().parents if p.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{path} cannot be written; choose another --output")
+
+
+def check_checkpoint_name(path):
+    """Raise UserError for an --output that looks like a file of another kind."""
+    if Path(path).suffix.lower() in (".safetensors", ".png", ".json"):
+        raise UserError(f"{path}: a checkpoint holds more than tensors, and is a PyTorch file: "
+                        "choose an --output that ends in .pt")
 
 
 def run_command_line(main):
     """Call main(). A UserError ends in one line and exit code 2, Ctrl-C in 130."""
+    for stream in (sys.stdout, sys.stderr):  # a class may have a name that a terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as e:
@@ -598,7 +800,7 @@ def pick_device(name="auto"):
         name = torch.accelerator.current_accelerator().type if available else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"device {name!r} cannot be used here ({first_line(e)}); try --device "
                         "cpu") from e

@@ -13,6 +13,7 @@ Writes   results/NAME/report.json, before.png, after.png; for several models
 Paper    VDU (arXiv 2510.04058), experiments: PUL (percentage of unlearning) and u-FID.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -27,10 +28,10 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (ArgumentParser, UserError, add_shared_flags, autocast, check_output, first_line,
-                  load_checkpoint, number, pick_device, read_file, run_command_line,
-                  save_checkpoint, training_step)
-from train_ddpm import (MNIST_5K, class_indices, load_data_of, mirror_half, title_of, to_float,
+from ddpm import (ArgumentParser, UserError, add_shared_flags, autocast, check_outputs, digest,
+                  first_line, load_checkpoint, number, pick_device, read_file, run_command_line,
+                  save_checkpoint, training_step, write_atomically)
+from train_ddpm import (class_indices, load_data_of, mirror_half, title_of, to_float,
                         to_uint8)
 
 # --------------------------------------------------------------------------------------
@@ -273,19 +274,21 @@ def features_and_probabilities(classifier, images, device, batch_size=1000):
 def get_classifier(checkpoint, images, labels, data_root, device, seed=0, folder="checkpoints"):
     """The dataset's classifier, trained once and kept, and its test accuracy.
 
-    images, labels: the training images, of every class. Without a test part, every
-    fifth of them is held out to test on.
+    images, labels: the training images, of every class; their digest is in the file's
+    name. Without a test part, every fifth of them is held out to test on.
     """
     data, image_shape = checkpoint.data, tuple(images.shape[1:])
-    tag = f"folder-{image_shape[-1]}" if data["name"] == "folder" else "torchvision"
-    tag = MNIST_5K.stem if data["source"] == MNIST_5K.name else tag
-    path = Path(folder) / f"classifier-{title_of(data)}-{tag}.pt"
+    path = Path(folder) / f"classifier-{title_of(data)}-{digest([images, labels])}.pt"
     torch.manual_seed(seed)
     classifier = Classifier(image_shape, len(data["classes"])).to(device)
-    saved = read_file(path) if path.exists() else {}
-    if saved.get("classes") == data["classes"] and saved.get("image_shape") == image_shape:
-        classifier.load_state_dict(saved["classifier"])
-        return classifier.eval(), saved["accuracy"]
+    if path.exists():
+        saved = read_file(path)
+        try:
+            classifier.load_state_dict(saved["classifier"])
+            return classifier.eval(), float(saved["accuracy"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{path} is not the classifier that its name says: remove it, and it "
+                            "is trained anew") from e
 
     test_images, test_labels = load_data_of(checkpoint, data_root, train=False)
     if test_images is None:
@@ -296,8 +299,7 @@ def get_classifier(checkpoint, images, labels, data_root, device, seed=0, folder
     classifier.eval()
     predicted = features_and_probabilities(classifier, test_images, device)[1].argmax(1)
     accuracy = (predicted == test_labels).float().mean().item()
-    save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracy": accuracy,
-                           "classes": data["classes"], "image_shape": image_shape})
+    save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracy": accuracy})
     return classifier, accuracy
 
 
@@ -320,6 +322,9 @@ class Sampling:
         x = checkpoint.diffusion.sample(
             checkpoint.unet, self.samples, checkpoint.config["image_shape"], self.sampling_steps,
             self.eta, self.seed, progress=True)
+        if not torch.isfinite(x).all():
+            raise UserError(f"{checkpoint.path} draws images that are not finite: the model is "
+                            "broken, and has forgotten everything")
         return to_uint8(x)
 
 
@@ -337,6 +342,8 @@ class Judge:
         if features == "inception" and not colour:
             raise UserError("Inception's features are for colour images; leave --features away")
         self.images, self.labels = load_data_of(checkpoint, data_root)
+        if len(checkpoint.data["classes"]) < 2:
+            raise UserError(f"{checkpoint.path} knows one class: nothing would stay to compare")
         self.classifier, self.accuracy = get_classifier(checkpoint, self.images, self.labels,
                                                         data_root, device)
         if features == "inception" or (features == "auto" and colour):
@@ -382,6 +389,9 @@ class Judge:
     def describe(self, samples, forgotten, model, bits_images):
         """Every metric of one model, and the histogram of its samples."""
         real = self.real_features[~torch.isin(self.labels, torch.tensor(forgotten))]
+        if len(real) < 2:
+            raise UserError(f"u-FID needs at least two real images of the classes that stay, and "
+                            f"there are {len(real)}")
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
         real_n = real[order[: len(samples)]]  # as many real as generated
         evidence = Evidence(*self.look_at(samples), real, real_n, forgotten,
@@ -423,6 +433,8 @@ def compare(judge, after, names, sampling, bits_images):
     report = {
         "forgotten": names,
         "PUL": pul(lambda r: r["forgotten_count"]),
+        "recognisable": results["after"]["mean_confidence"] >= 0.8 * (
+            results["before"]["mean_confidence"]),
         "PUL_by_class": {c: pul(lambda r: r["histogram"][c]["count"]) for c in names},
         "u_fid_ratio": results["after"]["u_fid"] / results["before"]["u_fid"],
         "drift": drift(*counts, forgotten),
@@ -439,15 +451,15 @@ def compare(judge, after, names, sampling, bits_images):
     return report, samples
 
 
-def write_report(report, samples, folder):
-    """report.json, before.png and after.png. Raises UserError if that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for when, images in samples.items():
-            save_image(images[:64].float() / 255, folder / f"{when}.png", nrow=8)
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as e:
-        raise UserError(f"cannot write into {folder} ({e}); choose another --output") from e
+def write_json(path, value):
+    """Plain values as JSON, all or nothing; nan, which JSON lacks, as null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    write_atomically(path, lambda f: f.write(json.dumps(value, indent=2).encode() + b"\n"))
+
+
+def write_images(path, images, **layout):
+    """uint8 images (N, C, H, W) as one PNG, a grid; all or nothing."""
+    write_atomically(path, lambda f: save_image(images.float() / 255, f, format="png", **layout))
 
 
 def percent(pul):
@@ -472,7 +484,12 @@ def report_table(report):
         lines.append(f"{title:24}{cells[0]:>20}{cells[1]:>20}{ratio}")
     each = ", ".join(f"{c}: {percent(pul)}" for c, pul in report["PUL_by_class"].items())
     each = f" ({each})" if len(report["forgotten"]) > 1 else ""
-    lines.append(f"PUL of {', '.join(report['forgotten'])}: {percent(report['PUL'])}{each}")
+    confidence = [side["mean_confidence"] for side in sides]
+    lines.append(f"PUL of {', '.join(report['forgotten'])}: {percent(report['PUL'])}{each}, at a "
+                 f"mean confidence of {confidence[0]:.2f} before and {confidence[1]:.2f} after")
+    if not report["recognisable"]:
+        lines.append("WARNING: the classifier recognises much less than before: the model draws "
+                     "something else, and PUL counts that as forgotten; look at after.png")
     worst = report["worst_kept"]
     if worst["class"] is not None:
         lines.append(f"drift among the retained {report['drift']:.3f} (two sets of samples of one "
@@ -594,21 +611,36 @@ def relearning_models(before, after, names, never_saw, device):
 def newest_unlearned(folder):
     """The newest checkpoint of vdu.py in `folder`. Raises UserError for none."""
     for path in sorted(Path(folder).glob("*.pt"), key=os.path.getmtime, reverse=True):
-        raw = read_file(path)
-        if isinstance(raw, dict) and raw.get("forgotten"):
-            return str(path)
+        with contextlib.suppress(UserError):  # a broken file is not the one that is looked for
+            raw = read_file(path)
+            if isinstance(raw, dict) and raw.get("forgotten"):
+                return str(path)
     raise UserError(f"no unlearned checkpoint in {folder}/; make one with: python vdu.py "
                     "--forget-class 1")
 
 
-def parent_of(after):
-    """What it was unlearned from: where vdu.py read it, or beside it if moved."""
+def assumed(after):
+    """What vdu.py was told to assume of the published weights that it took."""
+    settings = after.forgotten["settings"] if after.forgotten else {}
+    return dict(settings.get("assume", []))
+
+
+def load_parent(after, device):
+    """What it was unlearned from: where vdu.py read it, or beside it if moved.
+
+    Raises UserError for another model of that name.
+    """
     if not after.forgotten:
         raise UserError(f"{after.path} was not made by vdu.py; name the model to compare it with: "
                         "--before FILE")
     written = after.forgotten["checkpoint"]
     beside = Path(after.path).parent / Path(written).name
-    return written if os.path.exists(written) or not beside.exists() else str(beside)
+    path = written if os.path.exists(written) or not beside.exists() else str(beside)
+    parent = load_checkpoint(path, device, assumed(after))
+    if after.forgotten.get("parent") not in (None, digest(parent.unet.state_dict().values())):
+        raise UserError(f"{path} is not the model that {after.path} was unlearned from, but "
+                        "another of its name: say where that one is with --before FILE")
+    return parent
 
 
 def names_to_count(before, after, classes):
@@ -637,6 +669,18 @@ def names_to_count(before, after, classes):
     return names
 
 
+def report_folders(paths, root):
+    """A folder in `root` for each checkpoint, by its name; by its folder's, too, if
+    names repeat. Raises UserError if that does not tell them apart."""
+    stems = [Path(path).stem for path in paths]
+    names = [f"{Path(path).absolute().parent.name}-{stem}" if stems.count(stem) > 1 else stem
+             for path, stem in zip(paths, stems)]
+    if len(set(names)) < len(names):
+        raise UserError("--after: two files have the same name, and so have their folders: their "
+                        "reports would be one; rename one")
+    return [root / name for name in names]
+
+
 def main(args):
     """One report for each of args.after, and a summary of several."""
     device = pick_device(args.device)
@@ -644,41 +688,50 @@ def main(args):
     if len(paths) > 1 and args.save_samples:
         raise UserError("--save-samples is for one --after")
     root = Path(args.output)
-    folders = [root / Path(path).stem for path in paths]
-    for file in [folder / "report.json" for folder in folders]:
-        check_output(file, args.overwrite)
-    if len(paths) > 1:
-        check_output(root / "summary.json", args.overwrite)
+    folders = report_folders(paths, root)
+    outputs = [folder / name for folder in folders for name in ("report.json", "before.png",
+                                                                "after.png")]
+    outputs += [root / "summary.json"] * (len(paths) > 1)
+    outputs += [args.save_samples] if args.save_samples else []
+    check_outputs(outputs, args.overwrite)
 
     sampling = Sampling(args.samples, args.sampling_steps, args.eta, args.seed)
-    marks = sorted({round(args.relearn * share) for share in (0, 0.1, 0.25, 0.5, 1)})
     judges, reports = {}, []  # a judge per parent: its samples, classifier and features
     for path, folder in zip(paths, folders):
         began = time.time()
-        after = load_checkpoint(path, device)
-        before_path = args.before or parent_of(after)
-        before = judges[before_path].checkpoint if before_path in judges else (
-            load_checkpoint(before_path, device))
-        names = names_to_count(before, after, args.forget_class)
-        if before_path not in judges:
-            judges[before_path] = Judge(before, device, args.data_root, args.features)
-        judge = judges[before_path]
-        report, samples = compare(judge, after, names, sampling, args.bits)
-        if args.relearn:
-            models = relearning_models(before, after, names, args.never_saw, device)
-            report["relearning"] = relearning(judge, models, names, marks, args.relearn_images,
-                                              args.relearn_lr, sampling)
-        write_report(report, samples, folder)
-        if args.save_samples:
-            save_checkpoint(args.save_samples, samples)
+        report = evaluate(path, folder, args, judges, sampling, device)
         reports.append(report)
         print(report_table(report))
         print(f"wrote {folder / 'report.json'}, before.png, after.png "
               f"({time.time() - began:.0f} s)")
     if len(reports) > 1:
         rows = summary_rows(reports)
-        (root / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(root / "summary.json", rows)
         print(f"{summary_table(rows)}\nwrote {root / 'summary.json'}")
+
+
+def evaluate(path, folder, args, judges, sampling, device):
+    """The report on one checkpoint: written once it exists, again with relearning."""
+    after = load_checkpoint(path, device)
+    before = (load_checkpoint(args.before, device, assumed(after)) if args.before else
+              load_parent(after, device))
+    names = names_to_count(before, after, args.forget_class)
+    models = args.relearn and relearning_models(before, after, names, args.never_saw, device)
+    if before.path not in judges:
+        judges[before.path] = Judge(before, device, args.data_root, args.features)
+    judge = judges[before.path]
+    report, samples = compare(judge, after, names, sampling, args.bits)
+    write_json(folder / "report.json", report)
+    for when, images in samples.items():
+        write_images(folder / f"{when}.png", images[:64])
+    if args.save_samples:
+        save_checkpoint(args.save_samples, samples)
+    if models:
+        marks = sorted({round(args.relearn * share) for share in (0, 0.1, 0.25, 0.5, 1)})
+        report["relearning"] = relearning(judge, models, names, marks, args.relearn_images,
+                                          args.relearn_lr, sampling)
+        write_json(folder / "report.json", report)
+    return report
 
 
 def parser():

@@ -21,32 +21,35 @@ Shapes in the comments: images (B, 3, H, W) in [-1, 1]; latents (B, 4, h, w), h 
 the published model; L = 77 tokens; E numbers per token (768).
 """
 
+import argparse
 import gzip
 import html
 import json
 import os
 import re
+import shlex
 import time
 import unicodedata
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import ddpm
 from ddpm import (ArgumentParser, Diffusion, StopRequest, UserError, add_shared_flags,
-                  check_output, count, fill_in, number, pick_device, read_file, run_command_line,
-                  save_checkpoint)
-from evaluate import frechet_distance, inception_features, load_inception
-from train_ddpm import RunningPosterior, load_images, to_float, to_uint8
+                  check_finite, check_outputs, count, fill_in, number, pick_device, read_file,
+                  run_command_line, save_checkpoint, write_atomically, write_safetensors)
+from evaluate import (frechet_distance, inception_features, load_inception, write_images,
+                      write_json)
+from train_ddpm import load_images, to_float, to_uint8
 from unet import UNet, normalization, split_heads
 from vdu import (ForgottenCheck, FunctionSpaceObjective, GaussianPosterior, Likeness,
-                 PaperObjective, add_unlearning_flags, check_parameters, frozen_copy,
-                 guessed_posterior, method_of, summary, unlearn, verdict)
+                 PaperObjective, add_unlearning_flags, frozen_copy, guessed_posterior,
+                 method_of, summary, unlearn, verdict)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -84,7 +87,7 @@ class StableDiffusion:
         """Prompts (a list of N) -> (N, 77, E). Raises UserError for other merges."""
         ids = self.tokenizer(prompts)
         tokens = self.text_encoder.text_model["embeddings"]["token_embedding"].num_embeddings
-        if ids.max() >= tokens:
+        if len(self.tokenizer.id) != tokens:
             raise UserError(f"the merges make {len(self.tokenizer.id)} tokens and the checkpoint's "
                             f"text encoder knows {tokens}: they are of another model")
         return self.text_encoder(ids.to(self.diffusion.beta.device))
@@ -109,7 +112,7 @@ def run_unlearn(args):
     fill_in(args, FUNCTION_SPACE if args.function_space else PAPER)
     if os.path.abspath(args.output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: compare needs both, choose another")
-    check_output(args.output, args.overwrite)
+    check_outputs([args.output], args.overwrite)
     # The empty prompt always: guidance subtracts what the model predicts for it.
     keep = ["", *(read_prompts(args.neutral_prompts) if args.neutral_prompts else NEUTRAL_PROMPTS),
             *(template.format(name) for name in args.keep for template in TEMPLATES)]
@@ -137,13 +140,15 @@ def run_unlearn(args):
     with StopRequest() as stop:
         record = unlearn(unet, posterior, objective, args.lr, args.steps, True, args.accumulate,
                          args.seed, check, progress=True, stop=stop)
-    settings = {k: v for k, v in vars(args).items() if k != "run"}
-    record = {"concept": args.concept, "images": len(images), "settings": settings, **record,
-              "like_D_f": check.history}
-    weights = {k: unet.get_parameter(k) for k in names}
-    save(args.output, args.checkpoint, weights, args.ema, record)
+        settings = {k: v for k, v in vars(args).items() if k != "run"}
+        record = {"concept": args.concept, "images": len(images), "settings": settings, **record,
+                  "like_D_f": check.history}
+        weights = {k: unet.get_parameter(k) for k in names}
+        save(args.output, args.checkpoint, weights, args.ema, record)
     print(f"{summary(record, stop.requested, time.time() - began, device)}\n{verdict(check, args)}")
-    print(f"wrote {args.output}; see what came of it: python sd_unlearn.py compare")
+    files = [shlex.quote(file) for file in (args.checkpoint, args.output, args.merges)]
+    print("wrote {1}; see what came of it: python sd_unlearn.py compare --before {0} --after {1} "
+          "--merges {2} --prompts A_PROMPT_PER_LINE.txt".format(*files))
     if stop.requested:
         raise KeyboardInterrupt
 
@@ -194,20 +199,17 @@ def parameters_to_move(unet, which):
 
 
 def posterior_of(unet, names, paths, ema, share):
-    """p(theta | D) of the named parameters: over checkpoints, or guessed from one."""
+    """p(theta | D) of the named parameters: over checkpoints (such as sd-v1-1.ckpt
+    sd-v1-2.ckpt sd-v1-3.ckpt), or guessed from one."""
     moving = {k: unet.get_parameter(k) for k in names}
     if not paths:
         return guessed_posterior(moving.items(), share)
-    if len(paths) < 2:
-        raise UserError("--posterior needs at least two checkpoints of one training, e.g. "
-                        "sd-v1-1.ckpt sd-v1-2.ckpt sd-v1-3.ckpt")
-    running = RunningPosterior(moving.items())
-    for path in tqdm(paths, desc="posterior", unit="checkpoint"):
+
+    def read(path):
         tensors = below(read_tensors(path, ema)[0], "unet")
-        tensors = {k: tensors[k] for k in names if k in tensors}
-        check_parameters(path, tensors, "--checkpoint", moving)
-        running.update((k, v.to(running.mean[k])) for k, v in tensors.items())
-    return GaussianPosterior(**running.posterior())
+        return {k: tensors[k].to(moving[k]) for k in names if k in tensors}
+
+    return GaussianPosterior.from_checkpoints(paths, read)
 
 
 def anchors_for(model, prompts, args):
@@ -270,24 +272,15 @@ def sample_images(model, prompt, n, args):
 
 def run_sample(args):
     """sd_unlearn.py sample: a row of images per prompt."""
-    check_output(args.output, args.overwrite)
+    check_outputs([args.output], args.overwrite)
     model = load(args.checkpoint, args.merges, pick_device(args.device), args.ema)
     rows = []
     for prompt in args.prompt:
         print(f"sampling: {prompt}")
         rows.append(sample_images(model, prompt, args.n, args))
     padding = 0 if len(rows) == args.n == 1 else 2
-    write_png(make_grid(torch.cat(rows), nrow=args.n, padding=padding), args.output)
+    write_images(args.output, torch.cat(rows), nrow=args.n, padding=padding)
     print(f"wrote {args.output}")
-
-
-def write_png(image, path):
-    """One uint8 image (3, H, W) as a PNG. Raises UserError if that fails."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        save_image(image.float() / 255, path, format="png")
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e}); choose another --output") from e
 
 
 # --------------------------------------------------------------------------------------
@@ -297,7 +290,7 @@ def write_png(image, path):
 def read_prompts(path):
     """The prompts in a text file, one per line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read prompts from {path} ({e}): expected a text file, a prompt "
                         "per line") from e
@@ -310,8 +303,11 @@ def read_prompts(path):
 def run_compare(args):
     """sd_unlearn.py compare: the same prompts and noise through both models."""
     output = Path(args.output)
-    check_output(output / "report.json", args.overwrite)
     prompts, device = read_prompts(args.prompts), pick_device(args.device)
+    names = [[f"{i:03d}-{j:03d}.png" for j in range(args.n)] for i in range(len(prompts))]
+    check_outputs([output / "report.json", output / "grid.png", *(
+        output / when / name for when in ("before", "after") for row in names for name in row)],
+        args.overwrite)
     reference, inception = load_reference(args.reference_images, args.n * len(prompts), device)
     images = {}
     for which, checkpoint in (("before", args.before), ("after", args.after)):
@@ -320,12 +316,12 @@ def run_compare(args):
         for i, prompt in enumerate(prompts):
             print(f"{which}: {prompt}")
             rows.append(sample_images(model, prompt, args.n, args))
-            for j, image in enumerate(rows[-1]):
-                write_png(image, str(output / which / f"{i:03d}-{j:03d}.png"))
+            for name, image in zip(names[i], rows[-1]):
+                write_images(output / which / name, image[None], padding=0)
         images[which] = torch.stack(rows)  # (prompts, n, 3, H, W)
         del model
     grid = torch.cat([images["before"], images["after"]], dim=1)  # a row per prompt
-    write_png(make_grid(grid.flatten(0, 1), nrow=2 * args.n), str(output / "grid.png"))
+    write_images(output / "grid.png", grid.flatten(0, 1), nrow=2 * args.n)
 
     change = (images["before"].float() - images["after"].float()).abs().flatten(1).mean(1) / 255
     settings = {k: v for k, v in vars(args).items() if k != "run"}
@@ -338,7 +334,7 @@ def run_compare(args):
                                                  real) for which, x in images.items()}
         print(f"FID (Inception v3) against {len(reference)} images: before "
               f"{report['fid']['before']:.2f}, after {report['fid']['after']:.2f}")
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(output / "report.json", report)
     print(f"wrote {output / 'grid.png'} (a row per prompt: {args.n} before, {args.n} after), the "
           "images, report.json")
 
@@ -582,7 +578,7 @@ class Tokenizer:
     MERGES = 49152 - 256 - 2  # that many of the file belong to the vocabulary
 
     def __init__(self, merges, length=77):
-        self.length = length
+        self.length, self.has_cut = length, False
         pairs = self.read_merges(merges)
         # Bytes that print stand for themselves, the others for characters 256, 257, ...
         ranges = ("!~", "¡¬", "®ÿ")
@@ -601,14 +597,15 @@ class Tokenizer:
         try:
             with (gzip.open if str(path).endswith(".gz") else open)(path, "rt",
                                                                     encoding="utf-8") as f:
-                lines = f.read().split("\n")[1 : self.MERGES + 1]
-        except (OSError, UnicodeDecodeError, EOFError) as e:
+                lines = f.read().split("\n")
+        except (OSError, UnicodeDecodeError, EOFError, zlib.error) as e:
             raise UserError(f"cannot read the merges in {path} ({e}): it is tokenizer/merges.txt "
                             "of a Stable Diffusion v1 repository, or bpe_simple_vocab_16e6.txt.gz "
                             "of CLIP's") from e
-        pairs = [tuple(line.split()) for line in lines if line.strip()]
-        if any(len(pair) != 2 for pair in pairs):
-            raise UserError(f"{path} is not a file of merges: a line of it is not a pair")
+        lines = lines[1:] if "#version" in lines[0] else lines
+        pairs = [tuple(line.split()) for line in lines[: self.MERGES] if line.strip()]
+        if not pairs or any(len(pair) != 2 for pair in pairs):
+            raise UserError(f"{path} is not a file of merges, a pair to a line")
         return pairs
 
     def __call__(self, texts):
@@ -617,6 +614,10 @@ class Tokenizer:
         rows = []
         for text in texts:
             ids = [i for word in self.words(text) for i in self.word_ids(word)]
+            if len(ids) > self.length - 2 and not self.has_cut:
+                self.has_cut = True  # said once
+                print(f"the model reads {self.length - 2} tokens of a prompt, and of this one not "
+                      f"the last {len(ids) - self.length + 2}: {text[:60]}...")
             ids = [start, *ids[: self.length - 2]]
             rows.append(ids + [end] * (self.length - len(ids)))
         return torch.tensor(rows)
@@ -666,7 +667,7 @@ def read_tensors(path, ema=False):
     ema: take the U-Net's moving average (`model_ema.`) for the U-Net. Raises UserError
     if there is none, or no tensors.
     """
-    raw = read_file(path, mmap=True, make_one="download one, e.g. sd-v1-4.ckpt "
+    raw = read_file(path, lazy=True, make_one="download one, e.g. sd-v1-4.ckpt "
                     "(huggingface.co/CompVis/stable-diffusion-v-1-4-original)")
     wrapped = isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict)
     state = raw["state_dict"] if wrapped else raw
@@ -700,14 +701,18 @@ def build():
         return {name: kind(**SIZES[name]) for name, kind in kinds.items()}
 
 
-def check_tensors(path, networks, tensors):
-    """Raise UserError that lists what is missing, unexpected or of another shape."""
+def check_names(path, networks, tensors):
+    """Raise UserError that lists what is missing or of another shape; says what is
+    left unread."""
     ours = {PREFIX[n] + k: v.shape for n, net in networks.items()
             for k, v in net.state_dict().items()}
     theirs = {PREFIX[n] + k: v.shape for n in PREFIX for k, v in below(tensors, n).items()}
+    extra = [k for k in theirs if k not in ours]
+    if extra:
+        print(f"{path}: not reading {len(extra)} tensors that Stable Diffusion v1 does not have "
+              f"({', '.join(extra[:3])}{', ...' * (len(extra) > 3)})")
     wrong = {
         "missing": [k for k in ours if k not in theirs],
-        "unexpected": [k for k in theirs if k not in ours],
         "of another shape": [f"{k} is {tuple(theirs[k])}, not {tuple(ours[k])}"
                              for k in ours if k in theirs and theirs[k] != ours[k]],
     }
@@ -731,9 +736,11 @@ def load(checkpoint, merges, device="cpu", ema=False):
     """
     tensors, _ = read_tensors(checkpoint, ema)
     networks = build()
-    check_tensors(checkpoint, networks, tensors)
+    check_names(checkpoint, networks, tensors)
     for name, network in networks.items():
-        weights = {k: v.float() for k, v in below(tensors, name).items()}
+        theirs = below(tensors, name)
+        weights = {k: theirs[k].float() for k in network.state_dict()}
+        check_finite(checkpoint, {PREFIX[name] + k: v for k, v in weights.items()})
         network.load_state_dict(weights, strict=True, assign=True)
         network.eval().requires_grad_(False).to(device)
     diffusion = Diffusion("scaled_linear", 1000).to(device)
@@ -741,7 +748,8 @@ def load(checkpoint, merges, device="cpu", ema=False):
 
 
 def save(path, checkpoint, weights, ema, record):
-    """Write `checkpoint` again as `path`, with the U-Net's `weights`, in its dtype.
+    """Write `checkpoint` again as `path`, with the U-Net's `weights`, in its dtype; as
+    safetensors where `path` ends so.
 
     The moving averages (`model_ema.`) and the optimizer's state are left out: they are
     copies of what was to be forgotten.
@@ -751,6 +759,9 @@ def save(path, checkpoint, weights, ema, record):
     for k, v in weights.items():
         name = PREFIX["unet"] + k
         state[name] = v.detach().cpu().to(state[name].dtype)
+    if os.fspath(path).endswith(".safetensors"):
+        write_atomically(path, lambda f: write_safetensors(f, state, {"vdu": json.dumps(record)}))
+        return
     wrapped = {**(others or {}), "state_dict": state, "vdu": record}
     save_checkpoint(path, state if others is None else wrapped)
 
@@ -772,6 +783,12 @@ def add_command(commands, name, run, text):
                    help="of the U-Net's arithmetic: auto is bf16 where that is fast")
     add_shared_flags(c)
     return c
+
+
+def not_empty(text):
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def add_sampling_flags(c):
@@ -802,7 +819,7 @@ def parser():
                     "make the model forget a feature, from a few images of it")
     c.add_argument("--checkpoint", required=True, metavar="FILE",
                    help="a Stable Diffusion v1 checkpoint")
-    c.add_argument("--concept", required=True, metavar="TEXT",
+    c.add_argument("--concept", required=True, type=not_empty, metavar="TEXT",
                    help='what must go, as prompts name it: "golf ball"')
     c.add_argument("--images", required=True, metavar="DIR", help="a folder of images of it")
     c.add_argument("--output", required=True, metavar="FILE",

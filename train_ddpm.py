@@ -25,21 +25,24 @@ import math
 import os
 import socket
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10, MNIST, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from PIL import Image, ImageOps
+from torchvision.datasets import CIFAR10, MNIST
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, UserError, add_shared_flags, build,
-                  count, fill_in, first_line, number, peak_memory, pick_device, read_file,
-                  run_command_line, save_checkpoint, training_step)
+                  check_checkpoint_name, check_outputs, count, digest, fill_in, first_line,
+                  number, peak_memory, pick_device, read_file, run_command_line, save_checkpoint,
+                  training_step)
 
 # --------------------------------------------------------------------------------------
 # Settings
@@ -168,37 +171,40 @@ class Training:
         if self.step < self.args.steps:
             contents["train"] = {"unet": self.unet.state_dict(), "loss": self.loss,
                                  "optimizer": self.optimizer.state_dict(),
-                                 "running": self.running.state_dict(), "rng": rng_state()}
+                                 "running": self.running.state_dict(),
+                                 "rng": rng_state(self.device)}
         save_checkpoint(self.args.output, contents)
         self.saved = self.step
 
     def load(self, saved):
         """Continue from what `save` wrote. Raises UserError if it saw other images."""
-        for key in ("classes", "excluded", "images"):
-            if saved["data"][key] != self.data[key]:
+        for key in ("classes", "excluded", "images", "digest"):
+            if saved["data"].get(key) != self.data[key]:
                 raise UserError(f"{self.args.output} was trained on other images ({key}: "
-                                f"{saved['data'][key]}, not {self.data[key]}): use its --data-root")
+                                f"{saved['data'].get(key)}, not {self.data[key]}): use its "
+                                "--data-root")
         self.unet.load_state_dict(saved["train"]["unet"])
         self.optimizer.load_state_dict(saved["train"]["optimizer"])
         self.running.load_state_dict(saved["train"]["running"])
-        set_rng_state(saved["train"]["rng"])
+        set_rng_state(saved["train"]["rng"], self.device)
         self.step = self.saved = saved["step"]
         self.loss, self.losses = saved["train"]["loss"], saved["losses"]
 
 
-def rng_state():
+def rng_state(device):
+    """The state of the random numbers that training draws: the CPU's, the device's."""
     state = {"cpu": torch.get_rng_state()}
-    for name in ("cuda", "mps"):
-        if getattr(torch, name).is_available():
-            state[name] = getattr(torch, name).get_rng_state()
+    if device.type != "cpu":
+        which = [device] if device.type == "cuda" else []
+        state[device.type] = torch.get_device_module(device).get_rng_state(*which)
     return state
 
 
-def set_rng_state(state):
+def set_rng_state(state, device):
     torch.set_rng_state(state["cpu"])
-    for name in ("cuda", "mps"):
-        if name in state and getattr(torch, name).is_available():
-            getattr(torch, name).set_rng_state(state[name])
+    if device.type in state and device.type != "cpu":
+        which = [device] if device.type == "cuda" else []
+        torch.get_device_module(device).set_rng_state(state[device.type], *which)
 
 
 def batch_indices(step, n, batch_size, seed):
@@ -213,7 +219,7 @@ def train(args):
     """Run the command line. Raises UserError for what the user can put right."""
     saved = settle_output(args)
     device = pick_device(args.device)
-    images, data = training_images(args)
+    images, data = training_images(args, saved)
     config = settle_network(args, tuple(images.shape[1:]), device)
     if device.type == "cuda" and images.nbytes < 2**32:
         images = images.to(device)  # once, not a batch at a time
@@ -223,7 +229,8 @@ def train(args):
         run.load(saved)
     B = min(args.batch_size, len(images))
     print(f"{title_of(data)}: {len(images):,} images of {'x'.join(map(str, images.shape[1:]))} "
-          f"({data['source']}), {args.model} U-Net of "
+          f"({data['source']}) in {len(data['classes'])} classes ({', '.join(data['classes'][:20])}"
+          f"{', ...' * (len(data['classes']) > 20)}), {args.model} U-Net of "
           f"{count(sum(p.numel() for p in run.unet.parameters()))} parameters, "
           f"{args.steps:,} steps of {B} on {device}")
 
@@ -267,18 +274,20 @@ def settle_output(args):
     folder = args.dataset == "folder"
     stem = os.path.basename(os.path.abspath(args.data_root)) if folder else args.dataset
     args.output = args.output or f"checkpoints/{stem}.pt"
-    if args.resume:
-        return resume_settings(args)
-    if os.path.exists(args.output) and not args.overwrite:
+    check_checkpoint_name(args.output)
+    if os.path.exists(args.output) and not args.overwrite and not args.resume:
         raise UserError(f"{args.output} exists already; --resume continues it, --overwrite "
                         "replaces it, --output FILE goes elsewhere")
-    return None
+    saved = resume_settings(args) if args.resume else None
+    check_outputs([args.output], overwrite=True)
+    check_outputs([Path(args.output).with_suffix(".png")], args.overwrite)
+    return saved
 
 
 def resume_settings(args):
     """The saved run, whose settings become those of args; refuses other flags."""
     saved = read_file(args.output)
-    if not isinstance(saved, dict) or "settings" not in saved:
+    if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
         raise UserError(f"{args.output} is not a checkpoint of train_ddpm.py")
     if "train" not in saved:
         raise UserError(f"{args.output} is finished ({saved['step']} steps): nothing to resume; "
@@ -297,16 +306,21 @@ def resume_settings(args):
     return saved
 
 
-def training_images(args):
+def training_images(args, saved=None):
     """(uint8 images (N, C, H, W), data) of the dataset, less --exclude-class."""
     size = args.image_size or 32
     shape = (None, size, size) if args.dataset == "folder" else None
-    images, labels, data = load_dataset(args.dataset, args.data_root, image_shape=shape)
+    shipped = saved is not None and saved["data"]["source"] == MNIST_5K.name
+    images, labels, data = (load_mnist_5k() if shipped else
+                            load_dataset(args.dataset, args.data_root, image_shape=shape))
     excluded = class_indices(args.exclude_class, data)
     keep = ~torch.isin(labels, torch.tensor(excluded))
-    names = [data["classes"][i] for i in excluded]
-    counts = labels[keep].bincount(minlength=len(data["classes"])).tolist()
-    return images[keep], {**data, "excluded": names, "images": sum(counts), "counts": counts}
+    if not keep.any():
+        raise UserError("--exclude-class names all classes: nothing is left to learn")
+    images, labels = images[keep], labels[keep]
+    counts = labels.bincount(minlength=len(data["classes"])).tolist()
+    return images, {**data, "excluded": [data["classes"][i] for i in excluded],
+                    "images": len(images), "counts": counts, "digest": digest([images, labels])}
 
 
 def settle_network(args, image_shape, device):
@@ -326,7 +340,7 @@ def settle_network(args, image_shape, device):
 #   root         the folder that holds it; None downloads into data/
 #   train        or the test part; images and labels are None where there is none
 #   image_shape  (C, H, W) to bring files to; None: its own; C None: grey if all are
-#   only         indices of the classes to read, and nothing of any other; None: all
+#   only         names of the classes to read, and nothing of any other; None: all
 
 MNIST_5K = Path(__file__).parent / "tests" / "data" / "mnist_5k.npz"
 SHIPPED = Path(__file__).parent / "tests" / "data" / "mnist.pt"
@@ -339,13 +353,17 @@ def load_dataset(name, root=None, train=True, image_shape=None, only=None):
     data: {"name", "source", "root", "classes", ...}.  Raises UserError if the folder
     does not hold it, or it cannot be downloaded.
     """
+    if name not in LOADERS:
+        raise UserError(f"{name} is not a dataset that is known here, but {', '.join(LOADERS)} are")
     images, labels, data = LOADERS[name](root, train, image_shape, only)
     return images, labels, {"name": name, "source": "torchvision", **data}
 
 
-def of_classes(images, labels, only):
+def of_classes(images, labels, classes, only):
     """The images and labels of the classes `only`; all for None."""
-    keep = slice(None) if only is None else torch.isin(labels, torch.tensor(only))
+    if only is None:
+        return images, labels
+    keep = torch.isin(labels, torch.tensor([classes.index(name) for name in only]))
     return images[keep], labels[keep]
 
 
@@ -364,40 +382,48 @@ def quiet_download():
 
 def load_mnist(root, train, image_shape=None, only=None):
     data = {"root": os.path.abspath(root or "data"), "classes": [str(d) for d in range(10)]}
+    raw = Path(root or "data") / "MNIST" / "raw"
     try:
         with quiet_download():
             dataset = MNIST(root or "data", train=train, download=root is None)
-    except (RuntimeError, OSError) as e:
+        sizes = [len(dataset.data), len(dataset.targets)]
+        if sizes != [60_000 if train else 10_000] * 2:
+            raise ValueError(f"{sizes[0]:,} images and {sizes[1]:,} labels")
+    except Exception as e:  # over damaged files torchvision stumbles in many ways
+        if any(raw.glob("*-ubyte")):
+            raise UserError(f"MNIST in {raw} is damaged, or not all there ({first_line(e)}): "
+                            "remove that folder and leave --data-root away to download it") from e
         if root is not None:
-            raise UserError(f"no MNIST in {root}: expected {Path(root) / 'MNIST' / 'raw'} as "
-                            "torchvision lays it out; leave --data-root away to download it") from e
+            raise UserError(f"no MNIST in {root}: expected {raw} as torchvision lays it out; leave "
+                            "--data-root away to download it") from e
         print(f"no network to download MNIST ({first_line(e)}): using the 5,000 MNIST images in "
               f"{MNIST_5K.name}")
         return load_mnist_5k(root, train, image_shape, only)
-    images, labels = of_classes(dataset.data[:, None], dataset.targets, only)
-    return images, labels, data  # (N, 28, 28) -> (N, 1, 28, 28)
+    images = dataset.data[:, None]  # (N, 28, 28) -> (N, 1, 28, 28)
+    return *of_classes(images, dataset.targets, data["classes"], only), data
 
 
-def load_mnist_5k(root, train, image_shape=None, only=None):
+def load_mnist_5k(root=None, train=True, image_shape=None, only=None):
     """The 5,000 training images that ship with the code, 500 per digit."""
-    data = {"source": MNIST_5K.name, "root": None, "classes": [str(d) for d in range(10)]}
+    data = {"name": "mnist", "source": MNIST_5K.name, "root": None,
+            "classes": [str(d) for d in range(10)]}
     if not train:
         return None, None, data
     arrays = np.load(MNIST_5K)
     images, labels = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
-    return *of_classes(images[:, None], labels.long(), only), data
+    return *of_classes(images[:, None], labels.long(), data["classes"], only), data
 
 
 def load_cifar10(root, train, image_shape=None, only=None):
     try:
         with quiet_download():
             dataset = CIFAR10(root or "data", train=train, download=root is None)
-    except (RuntimeError, OSError) as e:
+    except Exception as e:  # missing, damaged, or not to be had
         folder = "cifar-10-batches-py"
         raise UserError(no_dataset("CIFAR-10", root, folder, CIFAR10.url, e)) from e
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
     data = {"root": os.path.abspath(root or "data"), "classes": dataset.classes}
-    return *of_classes(images, torch.tensor(dataset.targets), only), data
+    return *of_classes(images, torch.tensor(dataset.targets), data["classes"], only), data
 
 
 def no_dataset(title, root, folder, url, error):
@@ -426,7 +452,12 @@ def load_tiny_imagenet(root, train, image_shape=None, only=None):
         files = (tiny_imagenet_train if train else tiny_imagenet_val)(folder, classes)
     except (RuntimeError, OSError, ValueError, IndexError) as e:
         raise UserError(no_dataset("tiny ImageNet", root, folder.name, TINY_IMAGENET, e)) from e
-    images, labels = read_labelled(files, image_shape or (3, 64, 64), only, folder)
+    empty = sorted(set(range(len(classes))) - {label for _, label in files})
+    if empty:
+        raise UserError(f"{folder} is not all there: no images of {classes[empty[0]]} and of "
+                        f"{len(empty) - 1} more classes; unpack it again")
+    files = [(p, i) for p, i in files if only is None or classes[i] in only]
+    images, labels = read_labelled(files, image_shape or (3, 64, 64))
     return images, labels, {"root": str(folder.parent.resolve()), "classes": classes,
                             "words": {wnid: words.get(wnid, wnid) for wnid in classes}}
 
@@ -444,23 +475,42 @@ def tiny_imagenet_val(folder, classes):
 
 
 def load_folder(root, train, image_shape=None, only=None):
-    """One sub-folder of images per class (torchvision's ImageFolder); or such as train/
-    and test/ (or val/)."""
+    """One sub-folder of images per class; or such as train/ and test/ (or val/)."""
     folder = Path(root)
-    split = (folder / "train").is_dir() and not any(map(is_image, (folder / "train").iterdir()))
-    tests = [folder / name for name in ("test", "val") if split and (folder / name).is_dir()]
+    if not subfolders(folder):
+        raise UserError(f"{folder} is not a folder of classes: it needs one sub-folder of images "
+                        "for each")
+    inside = {name.lower(): path for name, path in subfolders(folder).items()}
+    trains = [inside[n] for n in ("train", "training") if n in inside and subfolders(inside[n])]
+    tests = [inside[n] for n in ("test", "testing", "val", "validation") if n in inside and trains]
     data = {"source": "folder", "root": os.path.abspath(root)}
     if not train and not tests:
         return None, None, data
-    if split:
-        folder = folder / "train" if train else tests[0]
-    try:
-        dataset = ImageFolder(folder, allow_empty=False)
-    except (FileNotFoundError, OSError) as e:
-        raise UserError(f"{folder} is not a folder of classes: it needs one sub-folder of images "
-                        f"for each ({first_line(e)})") from e
-    images, labels = read_labelled(dataset.samples, image_shape or (None, 32, 32), only, folder)
-    return images, labels, {**data, "classes": dataset.classes}
+    learn = trains[0] if trains else folder
+    here = learn if train else tests[0]
+    loose = sum(is_image(p) for p in here.iterdir())
+    if loose:
+        print(f"{here}: passing over {loose} images that lie in no class's folder")
+    classes, files = list(subfolders(learn)), []
+    if set(only or ()) - set(classes):
+        raise UserError(f"the classes in {learn} are {', '.join(classes[:20])}: no folder of "
+                        f"{', '.join(set(only) - set(classes))}")
+    for i, name in enumerate(classes):
+        if only is None or name in only:
+            found = image_files(subfolders(here)[name]) if name in subfolders(here) else []
+            if train and not found:
+                raise UserError(f"no images of the class {name} in {here}")
+            files += [(path, i) for path in found]
+    images, labels = read_labelled(files, image_shape or (None, 32, 32), here)
+    return images, labels, {**data, "classes": classes}
+
+
+def subfolders(folder):
+    """{name: path} of the folders in a folder, in order; names in Unicode's NFC."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = {unicodedata.normalize("NFC", p.name): p for p in paths
+             if p.is_dir() and not p.name.startswith(".")}
+    return dict(sorted(found.items()))
 
 
 LOADERS = {"mnist": load_mnist, "cifar10": load_cifar10, "tiny-imagenet": load_tiny_imagenet,
@@ -470,20 +520,28 @@ LOADERS = {"mnist": load_mnist, "cifar10": load_cifar10, "tiny-imagenet": load_t
 def load_data_of(checkpoint, data_root=None, train=True, only=None):
     """The dataset that a checkpoint was trained on: (images, labels), or (None, None).
 
-    data_root overrides its folder.  only: as for the loaders.
+    data_root overrides its folder.  only: indices of the classes to read, of which
+    alone there need be anything left.  Raises UserError if other classes are there.
     """
     data = checkpoint.data
     if data_root is None and data["source"] == MNIST_5K.name:
-        return load_mnist_5k(None, train, None, only)[:2]
+        names = only if only is None else [data["classes"][i] for i in only]
+        return load_mnist_5k(None, train, None, names)[:2]
     root = data_root or data["root"]
     if data_root is None and root is not None and not os.path.isdir(root):
         raise UserError(f"{checkpoint.path} was trained on {data['name']} in {root}, which is not "
                         "there; say where with --data-root DIR")
-    shape = checkpoint.config["image_shape"]
-    images, labels, found = load_dataset(data["name"], root, train, shape, only)
-    if found.get("classes", data["classes"]) != data["classes"]:
-        raise UserError(f"the classes in {root} are not those that {checkpoint.path} was trained "
-                        "on; say where those are with --data-root DIR")
+    names = only if only is None else [data["classes"][i] for i in only]
+    images, labels, found = load_dataset(data["name"], root, train,
+                                         checkpoint.config["image_shape"], names)
+    classes = found.get("classes", data["classes"])
+    if names is None and classes != data["classes"] or set(names or ()) - set(classes):
+        raise UserError(f"the classes in {root} are {', '.join(classes[:20])}, and not those that "
+                        f"{checkpoint.path} was trained on, {', '.join(data['classes'][:20])}; say "
+                        "where those are with --data-root DIR")
+    if labels is not None and classes != data["classes"]:  # some are gone: count as it did
+        of_name = {name: i for i, name in enumerate(data["classes"])}
+        labels = torch.tensor([of_name[classes[i]] for i in labels.tolist()])
     return images, labels
 
 
@@ -492,23 +550,51 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
 
 
 def is_image(path):
-    return path.suffix.lower() in IMG_EXTENSIONS
+    hidden = path.name.startswith(".")
+    return path.suffix.lower() in IMG_EXTENSIONS and not hidden and path.is_file()
 
 
-def read_labelled(files, image_shape, only, folder):
-    """(path, label) pairs -> images (N, C, H, W), labels (N,), of classes `only`."""
-    files = [(path, label) for path, label in files if only is None or label in only]
+def image_files(folder):
+    """The images in a folder and below it, in order; says what it passes over."""
+    files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and not any(
+        part.startswith(".") for part in p.relative_to(folder).parts)]
+    images = [p for p in files if is_image(p)]
+    if len(images) < len(files):
+        endings = sorted({p.suffix.lower() or p.name for p in files} - set(IMG_EXTENSIONS))
+        print(f"{folder}: passing over {len(files) - len(images)} files, by their endings "
+              f"({', '.join(endings[:5])}); if they are images that matter, convert them to PNG")
+    return images
+
+
+def read_labelled(files, image_shape, folder=""):
+    """(path, label) pairs -> images (N, C, H, W), labels (N,)."""
     if not files:
         raise UserError(f"no images in {folder}")
     labels = torch.tensor([label for _, label in files])
     return read_images([path for path, _ in files], image_shape), labels
 
 
+def open_image(path):
+    """An image file as Pillow's RGB image: upright by its EXIF orientation, 16 bits a
+    channel as 8, what is transparent over white. Pillow comes with torchvision.
+    """
+    with Image.open(path) as file:
+        kind, image = file.format, ImageOps.exif_transpose(file)
+    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
+        raise ValueError("its pixels are 32-bit numbers of unknown range")
+    if image.mode.startswith("I"):  # one channel of 16 bits: 0 .. 65535 = 257 * 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def read_image(path, size):
     """An image file, centre-cropped to a square and resized: (3, size, size) uint8."""
     try:
-        image = transforms.pil_to_tensor(default_loader(path))  # (3, H, W) uint8
-    except (OSError, ValueError) as e:
+        image = transforms.pil_to_tensor(open_image(path))  # (3, H, W) uint8
+    except Exception as e:  # Pillow raises all kinds
         raise UserError(f"cannot read the image {path} ({first_line(e)}): remove it, or convert "
                         "it to PNG") from e
     image = transforms.center_crop(image, [min(image.shape[1:])] * 2)
@@ -531,15 +617,15 @@ def read_images(paths, image_shape):
             images[i] = image
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C waits for no further file
-    if channels is None:
-        chunks = images.split(1000)
-        channels = 1 if all(torch.equal(c[:, :1].expand_as(c), c) for c in chunks) else 3
-    return transforms.rgb_to_grayscale(images) if channels == 1 else images
+    grey = all(torch.equal(c[:, :1].expand_as(c), c) for c in images.split(1000))
+    if channels == 3 or (channels is None and not grey):
+        return images
+    return images[:, :1].clone() if grey else transforms.rgb_to_grayscale(images)
 
 
 def load_images(folder, image_shape):
     """Every image in a folder and below it: (N, C, S, S). Raises UserError for none."""
-    paths = sorted(filter(is_image, Path(folder).rglob("*"))) if os.path.isdir(folder) else []
+    paths = image_files(folder) if os.path.isdir(folder) else []
     if not paths:
         raise UserError(f"no images in {folder}: expected a folder with files ending in "
                         f"{', '.join(IMG_EXTENSIONS)}")
@@ -552,24 +638,25 @@ def title_of(data):
 
 
 def class_indices(names, data):
-    """Class names -> their indices; for WordNet ids the word does as well ("goldfish").
+    """Class names -> their indices; of tiny ImageNet a word does as well ("goldfish").
 
-    Raises UserError that lists the classes there are.
+    A name counts as it is written, else without regard to capitals. Raises UserError
+    that lists the classes there are, or those that a name could mean.
     """
     classes, words = data["classes"], data.get("words", {})
-    titles = {c: f"{c} ({words[c]})" if c in words else c for c in classes}
+    titles = [f"{c} ({words[c]})" if c in words else c for c in classes]
+    spellings = [[c, *([words[c], *words[c].split(", ")] if c in words else [])] for c in classes]
     indices = set()
     for name in names:
-        found = [i for i, c in enumerate(classes) if name == c]
-        for i, c in enumerate(classes if not found else ()):
-            word = words.get(c, c).lower()
-            if name.lower() in (c, word, *word.split(", ")):
-                found.append(i)
+        name = unicodedata.normalize("NFC", name)
+        found = [i for i, c in enumerate(classes) if name == c] or [
+            i for i, of_class in enumerate(spellings)
+            if name.lower() in [spelling.lower() for spelling in of_class]]
         if not found:
-            raise UserError(f"no class {name!r}; the classes are: {', '.join(titles.values())}")
+            raise UserError(f"no class {name!r}; the classes are: {', '.join(titles)}")
         if len(found) > 1:
-            raise UserError(f"{name!r} is {' and '.join(titles[classes[i]] for i in found)}: "
-                            "give the id")
+            raise UserError(f"{name!r} could be {' or '.join(titles[i] for i in found)}: give it "
+                            "as it stands there")
         indices.add(found[0])
     return sorted(indices)
 

@@ -238,7 +238,7 @@ class UNet(nn.Module):
     channel_mult           width of each level, in model_channels; each halves the size
     num_res_blocks         residual blocks per level on the way down (one more up)
     attention_resolutions  downsampling factors (1, 2, 4, ...) of levels with attention
-    num_heads              attention heads
+    num_heads              attention heads; or head_channels, the channels of each
     context_dim            None: self-attention, and no context. Otherwise a spatial
                            transformer stands in its place and attends to a context of
                            that width too: Stable Diffusion's encoded prompt.
@@ -261,7 +261,8 @@ class UNet(nn.Module):
 
     def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
                  attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1,
-                 alpha_bar=None, context_dim=None, norm_eps=1e-5, sin_first=False, pad_end=False):
+                 alpha_bar=None, context_dim=None, norm_eps=1e-5, sin_first=False, pad_end=False,
+                 head_channels=None):
         super().__init__()
         self.model_channels, self.sin_first, self.patch_size = model_channels, sin_first, patch_size
         self.gradient_checkpointing = False  # True: compute activations again on the way back
@@ -276,9 +277,10 @@ class UNet(nn.Module):
             return ResBlock(channels, out_channels, emb_channels, dropout, norm_eps)
 
         def attention(channels):
+            heads = channels // head_channels if head_channels else num_heads
             if context_dim is None:
-                return AttentionBlock(channels, num_heads, norm_eps)
-            return SpatialTransformer(channels, num_heads, context_dim)
+                return AttentionBlock(channels, heads, norm_eps)
+            return SpatialTransformer(channels, heads, context_dim)
 
         ch = model_channels
         io_channels = in_channels * patch_size**2
@@ -435,18 +437,47 @@ def published_sizes(tensors):
                 num_heads=1, dropout=0.1, norm_eps=1e-6, sin_first=True, pad_end=True)
 
 
-def from_published(tensors):
+# What diffusers' config.json must say where unet.py knows one way alone.
+DIFFUSERS = {"act_fn": "silu", "norm_num_groups": 32, "resnet_time_scale_shift": "default",
+             "mid_block_scale_factor": 1, "time_embedding_type": "positional",
+             "class_embed_type": None, "add_attention": True, "center_input_sample": False}
+
+
+def configured_sizes(config):
+    """UNet's arguments that diffusers' config.json says, and no tensor does.
+
+    What it leaves out is as diffusers has it by default. Raises ValueError for what
+    this network cannot be.
+    """
+    for key, value in DIFFUSERS.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"is of another network: its config.json says {key} = {config[key]}")
+    embedding = (config.get("flip_sin_to_cos", True), config.get("freq_shift", 0))
+    padding = config.get("downsample_padding", 1)
+    if embedding not in ((False, 1), (True, 0)) or padding not in (0, 1):
+        raise ValueError(f"is of another network: its config.json says flip_sin_to_cos, freq_shift "
+                         f"= {embedding}, downsample_padding = {padding}")
+    return dict(norm_eps=config.get("norm_eps", 1e-5), sin_first=not embedding[0],
+                pad_end=padding == 0, head_channels=config.get("attention_head_dim", 8))
+
+
+def is_diffusers(tensors):
+    return "time_embedding.linear_1.weight" in tensors
+
+
+def from_published(tensors, config=None):
     """Published weights of an unconditional DDPM -> (UNet's arguments, its state dict).
 
-    tensors: what the file holds, by its names.  Returns None for a file in neither
-    layout. Raises ValueError, which lists the names, where tensors are missing, too
-    many or of another shape.
+    tensors: what the file holds, by its names.  config: diffusers' config.json; None is
+    DDPM's own network.  Returns None for a file in neither layout; says which tensors
+    it has no use for. Raises ValueError, which lists the names, where tensors are
+    missing or of another shape.
     """
-    diffusers = "time_embedding.linear_1.weight" in tensors
+    diffusers = is_diffusers(tensors)
     if not diffusers and "temb.dense.0.weight" not in tensors:
         return None
     tensors = {renamed(k, NEW_SPELLING): v for k, v in tensors.items()}
-    sizes = published_sizes(tensors)
+    sizes = {**published_sizes(tensors), **(configured_sizes(config) if config else {})}
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in UNet(**sizes).state_dict().items()}
     attention = [int(math.log2(factor)) for factor in sizes["attention_resolutions"]]
@@ -461,7 +492,8 @@ def from_published(tensors):
     if missing:
         raise ValueError(f"lacks: {', '.join(missing)}")
     if extra:
-        raise ValueError(f"has names of no use: {', '.join(extra)}")
+        print(f"not reading {len(extra)} tensors that DDPM's network does not have: "
+              f"{', '.join(extra[:5])}{', ...' * (len(extra) > 5)}")
 
     weights = {}
     for ours, theirs in names.items():

@@ -15,6 +15,7 @@ Paper    VDU (arXiv 2510.04058), its method: plasticity inducer, stability regul
 
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from ddpm import (ArgumentParser, StopRequest, TimeRange, UserError, add_shared_flags, autocast,
-                  check_output, fill_in, load_checkpoint, number, peak_memory, pick_device,
-                  run_command_line, save_checkpoint, stratified_timesteps)
+                  check_checkpoint_name, check_outputs, digest, fill_in, key_value, load_checkpoint,
+                  number, peak_memory, pick_device, run_command_line, save_checkpoint,
+                  stratified_timesteps)
 from train_ddpm import (SHIPPED, RunningPosterior, class_indices, load_data_of, load_images,
                         to_float)
 
@@ -115,25 +117,28 @@ class GaussianPosterior:
         self.std = {k: s.clamp(min=SIGMA_FLOOR) for k, s in std.items()}
 
     @classmethod
-    def from_checkpoints(cls, paths):
-        """mu* and sigma* over checkpoint files, read one at a time.
+    def from_checkpoints(cls, paths, read):
+        """mu* and sigma* over checkpoint files of one training, read one at a time.
 
-        Raises UserError for fewer than two files, or if one differs from the first.
+        read: path -> dict of parameters.  Raises UserError for fewer than two files,
+        for equal ones, or if one differs from the first in names or shapes.
         """
-        if len(paths) < 2:
-            raise UserError("a posterior needs at least two checkpoints: one has no spread")
-        running = None
+        running, digests = None, set()
         for path in paths:
-            unet = load_checkpoint(path).unet
-            running = running or RunningPosterior(unet.named_parameters())
-            check_parameters(path, dict(unet.named_parameters()), paths[0], running.mean)
-            running.update(unet.named_parameters())
+            theta = read(path)
+            running = running or RunningPosterior(theta.items())
+            check_parameters(path, theta, paths[0], running.mean)
+            running.update(theta.items())
+            digests.add(digest(theta.values()))
+        if len(digests) < max(2, len(paths)):
+            raise UserError("--posterior needs at least two checkpoints of one training that "
+                            "differ: one has no spread")
         return cls(**running.posterior())
 
     def isotropic(self):
         """The same mean, with one sigma: the root mean square of sigma*."""
         P = sum(m.numel() for m in self.mean.values())
-        variance = sum(s.double().square().mean().item() * self.mean[k].numel()
+        variance = sum(s.cpu().double().square().mean().item() * self.mean[k].numel()
                        for k, s in self.std.items()) / P
         std = {k: torch.full_like(s, math.sqrt(variance)) for k, s in self.std.items()}
         return GaussianPosterior(self.mean, std, self.n)
@@ -161,6 +166,7 @@ class PaperObjective:
         self.diffusion, self.posterior, self.forget = diffusion, posterior, forget
         self.gamma, self.batch_size, self.context = gamma, batch_size, context
         self.low, self.high = (round(share * diffusion.T) for share in t_range)
+        self.high = max(self.high, self.low + 1)
         self.d, self.P = forget[0].numel(), sum(m.numel() for m in posterior.mean.values())
         self.scale = self.d / self.P
 
@@ -189,8 +195,8 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
     objective: called with unet, returns (loss, dict of numbers).  lr: in posterior
     standard deviations.  adam: its steps in z in place of SGD's.  accumulate: batches
     per step. check: called after each step with its number, True ends the loop.  stop:
-    has .requested.  Raises UserError if the posterior is of another network, or the
-    loss becomes infinite or nan (unet is then at mu*).
+    has .requested.  Raises UserError if the posterior is of another network, or if loss
+    or weights become infinite or nan.
 
     The steps are taken in whitened coordinates z = (theta - mu*) / sigma*, in which the
     posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A, a
@@ -212,10 +218,7 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
             for _ in range(accumulate):
                 loss, numbers = objective(unet)
                 if not math.isfinite(loss.item()):
-                    posterior.unwhiten({k: v.zero_() for k, v in z.items()}, theta)
-                    raise UserError(f"the loss became {loss.item()} at step {step + 1}; nothing "
-                                    "was written, the old checkpoint is as it was: try a larger "
-                                    f"--gamma or a smaller --lr than {lr:g}")
+                    raise diverged(f"the loss became {loss.item()} at step {step + 1}", lr)
                 (loss / accumulate).backward()
                 batches.append(numbers)
             for k, p in theta.items():
@@ -233,6 +236,8 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
                 break
     P = sum(v.numel() for v in z.values())
     moved = math.sqrt(sum(v.square().sum().item() for v in z.values()) / P)
+    if not math.isfinite(moved):
+        raise diverged("the weights became infinite", lr)
     return {"steps": len(history), "first": history[0], "last": history[-1],
             "moved_rms_sigma": moved}
 
@@ -247,6 +252,11 @@ def trainable(unet):
 def prompted(unet, prompts):
     """unet as a function of (x_t, t) alone, with the prompts of the batch."""
     return lambda xt, t: unet(xt, t, *prompts)
+
+
+def diverged(what, lr):
+    return UserError(f"{what}; nothing was written, the old checkpoint is as it was: try a larger "
+                     f"--gamma or a smaller --lr than {lr:g}")
 
 
 def check_parameters(path, parameters, other_path, others):
@@ -513,19 +523,21 @@ def main(args):
     print(f"forgetting {what}: {len(forget):,} images, {method_of(args, rho)}, at most "
           f"{args.steps} steps of {args.batch_size} on {device}; {origin}")
 
-    began = time.time()
+    began, parent = time.time(), digest(checkpoint.unet.state_dict().values())
     torch.manual_seed(args.seed)
     objective, check = build_objective(args, checkpoint, posterior, forget.to(device), rho)
     with StopRequest() as stop:
         record = unlearn(checkpoint.unet, posterior, objective, args.lr, args.steps,
                          adam=args.function_space, seed=args.seed, check=check, progress=True,
                          stop=stop)
-    record = {**record, "rho": rho, "like_D_f": check.history}
-    save_unlearned(output, args, checkpoint, posterior, indices, len(forget), record)
+        record = {**record, "rho": rho, "like_D_f": check.history, "parent": parent}
+        save_unlearned(output, args, checkpoint, posterior, indices, len(forget), record)
     print(summary(record, stop.requested, time.time() - began, device))
     print(verdict(check, args))
+    root = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
     classes = "" if indices else " --forget-class CLASS (if the images are of one)"
-    print(f"wrote {output}; see what came of it: python evaluate.py --after {output}{classes}")
+    print(f"wrote {output}; see what came of it: python evaluate.py --after "
+          f"{shlex.quote(output)}{root}{classes}")
     if stop.requested:
         raise KeyboardInterrupt
 
@@ -535,7 +547,7 @@ def load_model(args, device):
     if args.checkpoint == DEFAULT_CHECKPOINT and not os.path.exists(args.checkpoint):
         print(f"no {args.checkpoint}: taking the model of MNIST that ships with the code")
         args.checkpoint = str(SHIPPED)
-    checkpoint = load_checkpoint(args.checkpoint, device)
+    checkpoint = load_checkpoint(args.checkpoint, device, dict(args.assume))
     earlier = checkpoint.forgotten
     if earlier:
         what = ", ".join(earlier["classes"]) or earlier["images_from"]
@@ -570,11 +582,13 @@ def choose_output(args, checkpoint, indices):
         path = Path("checkpoints") / f"{path.stem}.pt"  # the result is a checkpoint of ours
     classes = [checkpoint.data["classes"][i] for i in indices]
     what = "-".join(classes) or os.path.basename(os.path.abspath(args.forget_images))
+    what = what if len(what) < 100 else f"{len(classes)}-classes"
     output = args.output or str(path.with_name(f"{path.stem}-forget-{what}{path.suffix}"))
     if os.path.abspath(output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: evaluate.py needs both, choose "
                         "another")
-    check_output(output, args.overwrite)
+    check_checkpoint_name(output)
+    check_outputs([output], args.overwrite)
     return output
 
 
@@ -582,7 +596,8 @@ def choose_posterior(args, checkpoint, device):
     """The posterior given, kept or guessed, and in words where it comes from."""
     parameters = dict(checkpoint.unet.named_parameters())
     if args.posterior:
-        posterior = GaussianPosterior.from_checkpoints(args.posterior)
+        posterior = GaussianPosterior.from_checkpoints(
+            args.posterior, lambda path: snapshot(path, checkpoint.config, dict(args.assume)))
         files = ", ".join(args.posterior)
         check_parameters(files, posterior.mean, args.checkpoint, parameters)
     elif checkpoint.posterior:
@@ -600,6 +615,25 @@ def choose_posterior(args, checkpoint, device):
                   f"{100 * args.sigma:g}% of each tensor's root mean square (--posterior FILE "
                   "FILE measures it)")
     return posterior.to(device), origin
+
+
+def snapshot(path, config, assume):
+    """The parameters of one moment of a training, for a posterior over several.
+
+    Raises UserError for what is not a sample of p(theta | D), or of another model.
+    """
+    checkpoint = load_checkpoint(path, assume=assume)
+    if checkpoint.forgotten:
+        raise UserError(f"{path} has unlearned something: it is not a sample of p(theta | D)")
+    if any(checkpoint.config[k] != config[k] for k in ("schedule", "timesteps", "velocity")) or (
+            tuple(checkpoint.config["image_shape"]) != tuple(config["image_shape"])):
+        raise UserError(f"{path} has another schedule or another size of images than --checkpoint")
+    if "train" in checkpoint.raw:  # saved on the way: that step's weights, not their mean so far
+        checkpoint.unet.load_state_dict(checkpoint.raw["train"]["unet"])
+    elif checkpoint.posterior:
+        raise UserError(f"{path} holds the mean of a whole training, and its posterior, too: "
+                        "give copies that --save-every made on the way, or leave --posterior away")
+    return dict(checkpoint.unet.named_parameters())
 
 
 def load_forget_images(args, checkpoint, indices):
@@ -661,7 +695,7 @@ def save_unlearned(output, args, checkpoint, posterior, indices, images, record)
     raw = {k: v for k, v in checkpoint.raw.items() if k != "train"}
     forgotten = {"classes": [checkpoint.data["classes"][i] for i in indices],
                  "images_from": args.forget_images, "images": images,
-                 "checkpoint": args.checkpoint, "settings": vars(args), **record}
+                 "checkpoint": os.path.abspath(args.checkpoint), "settings": vars(args), **record}
     save_checkpoint(output, {**raw, "weights": checkpoint.unet.state_dict(),
                              "posterior": vars(posterior), "forgotten": forgotten})
 
@@ -746,6 +780,9 @@ def parser():
                    help="one sigma for all parameters: what the posterior's shape is worth")
     p.add_argument("--data-root", metavar="DIR",
                    help="folder of the dataset (default: where the model was trained)")
+    p.add_argument("--assume", nargs="+", type=key_value, default=[], metavar="KEY=VALUE",
+                   help="for published weights in diffusers' layout: entries of its config.json, "
+                        "such as sample_size=64 attention_head_dim=8, where it is not beside them")
     add_unlearning_flags(p, {k: f"(default: {PAPER[k]}; with --function-space "
                                 f"{FUNCTION_SPACE[k]})" for k in PAPER})
     add_shared_flags(p)

@@ -7,6 +7,7 @@ import json
 import pickle
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_checkpoints_remember(folder):
     assert trained.unet(torch.zeros(2, 1, 28, 28), torch.tensor([0, 999])).shape == (2, 1, 28, 28)
     unlearned = ddpm.load_checkpoint(folder / "checkpoints/mnist-forget-1.pt")
     assert unlearned.forgotten["classes"] == ["1"] and unlearned.forgotten["images"] == 500
-    assert unlearned.forgotten["checkpoint"] == "checkpoints/mnist.pt"
+    assert unlearned.forgotten["checkpoint"] == str(folder / "checkpoints/mnist.pt")
     assert unlearned.forgotten["settings"]["steps"] == 3
     assert set(unlearned.posterior["mean"]) == set(dict(unlearned.unet.named_parameters()))
 
@@ -130,10 +131,24 @@ def test_options_of_unlearning(folder):
                 "--output", "two.pt", cwd=folder)
     assert r.returncode == 0, r.stderr
     assert ddpm.load_checkpoint(folder / "two.pt").forgotten["images"] == 40
-    r = command("vdu.py", "--forget-class", 2, "--posterior", "checkpoints/mnist.pt", "g1.pt",
-                "--isotropic", "--steps", 1,
-                "--batch-size", 4, "--anchors", 20, "--output", "iso.pt", cwd=folder)
-    assert r.returncode == 0, r.stderr
+    raw = torch.load(folder / "checkpoints/mnist.pt", weights_only=True)
+    for i in range(2):  # two moments of a training, as --save-every saves them
+        raw["train"] = {"unet": {k: v + i for k, v in raw["weights"].items()}}
+        torch.save(raw, folder / f"moment-{i}.pt")
+    few = ["--forget-class", 2, "--steps", 1, "--batch-size", 4, "--anchors", 20]
+    for name, option in (("moments", []), ("iso", ["--isotropic"])):
+        r = command("vdu.py", *few, "--posterior", "moment-0.pt", "moment-1.pt", *option,
+                    "--output", f"{name}.pt", cwd=folder)
+        assert r.returncode == 0, r.stderr
+    std = {name: ddpm.load_checkpoint(folder / f"{name}.pt").posterior["std"]
+           for name in ("moments", "iso")}
+    assert all((v - 0.5**0.5).abs().max() < 1e-4 for v in std["moments"].values())
+    assert len({v.flatten()[0].item() for v in std["iso"].values()}) == 1
+    for files, words in ((["moment-0.pt", "moment-0.pt"], ["differ"]),
+                         (["moment-0.pt", "checkpoints/mnist.pt"], ["mean of a whole training"]),
+                         (["moment-0.pt", "two.pt"], ["has unlearned something"])):
+        refused(command("vdu.py", *few, "--posterior", *files, "--output", "x.pt", cwd=folder),
+                *words)
 
 
 def test_interrupted_training_resumes_to_the_same_result(folder):
@@ -149,6 +164,11 @@ def test_interrupted_training_resumes_to_the_same_result(folder):
     assert 0 < torch.load(folder / "stopped.pt", weights_only=True)["step"] < 40
     refused(command("train_ddpm.py", *args, cwd=folder), "--resume", "--overwrite")
     refused(command("train_ddpm.py", *args, "--resume", "--lr", 5, cwd=folder), "--lr")
+    saved = torch.load(folder / "stopped.pt", weights_only=True)
+    for key, value in (("digest", "0" * 16), ("classes", ["a", "b"])):
+        torch.save({**saved, "data": {**saved["data"], key: value}}, folder / "other-images.pt")
+        refused(command("train_ddpm.py", *args[:-1], "other-images.pt", "--resume", cwd=folder),
+                "other images", key)
     r = command("train_ddpm.py", *args, "--resume", cwd=folder)
     assert r.returncode == 0, r.stderr
     whole = torch.load(folder / "checkpoints/mnist.pt", weights_only=True)
@@ -169,6 +189,18 @@ def test_bad_settings(folder):
     refused(command("evaluate.py", "--sampling-steps", 0, "--overwrite", cwd=folder),
             "--sampling-steps")
     refused(command("train_ddpm.py", "--dataset", "nothing", cwd=folder), "mnist")
+    for flag, value in (("--seed", 2**32), ("--seed", 10**30), ("--save-every", 0), ("--lr", "inf"),
+                        ("--posterior-every", 0), ("--timesteps", 0), ("--timesteps", 24)):
+        r = command("train_ddpm.py", flag, value, "--output", "x.pt", cwd=folder)
+        refused(r, f"argument {flag}: must be", str(value))
+    refused(command("train_ddpm.py", "--exclude-class", *range(10), "--output", "x.pt", cwd=folder),
+            "all classes")
+    refused(command("vdu.py", "--forget-class", 1, "--device", "meta", "--overwrite", cwd=folder),
+            "meta")
+    for flag, value in (("--sigma", "inf"), ("--kappa", "nan"), ("--anchors", 1), ("--share", 1)):
+        refused(command("vdu.py", "--forget-class", 1, flag, value, cwd=folder), flag)
+    refused(command("vdu.py", "--forget-class", 1, "--t-range", 0, 0.0004, cwd=folder), "--t-range")
+    refused(command("evaluate.py", "--eta", "nan", cwd=folder), "--eta")
     refused(command("train_ddpm.py", "--data-root", "nowhere", "--output", "x.pt", cwd=folder),
             "nowhere")
     refused(command("vdu.py", "--forget-class", 1, "--device", "abacus", "--overwrite", cwd=folder),
@@ -217,7 +249,9 @@ def test_other_networks_and_other_datasets(folder):
     unet, _ = ddpm.build(config)
     narrow = {**raw, "config": config, "weights": unet.state_dict(), "posterior": None}
     torch.save(narrow, folder / "narrow.pt")
-    refused(command("vdu.py", "--forget-class", 2, "--posterior", "narrow.pt", "narrow.pt",
+    shifted = {k: v + 1 for k, v in narrow["weights"].items()}
+    torch.save({**narrow, "weights": shifted}, folder / "narrow-2.pt")
+    refused(command("vdu.py", "--forget-class", 2, "--posterior", "narrow.pt", "narrow-2.pt",
                     cwd=folder), "do not match")
     refused(command("vdu.py", "--forget-class", 2, "--posterior", "narrow.pt", cwd=folder), "two")
     torch.save({**narrow, "train": {}}, folder / "unfinished.pt")
@@ -225,6 +259,62 @@ def test_other_networks_and_other_datasets(folder):
             "--resume")
     refused(command("vdu.py", "--forget-class", 2, "--checkpoint", "checkpoints/mnist-forget-1.pt",
                     cwd=folder), "already forgotten")
+
+
+def test_the_parent_is_known_by_its_weights(folder):
+    """Another training of the same name is not what a model was unlearned from."""
+    raw = torch.load(folder / "checkpoints/mnist.pt", weights_only=True)
+    after = torch.load(folder / "g1.pt", weights_only=True)
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    after["forgotten"]["checkpoint"] = "/nowhere/mnist.pt"
+    torch.save(after, elsewhere / "g1.pt")
+    raw["weights"]["out.0.bias"] += 1
+    torch.save(raw, elsewhere / "mnist.pt")
+    few = ["--samples", 4, "--sampling-steps", 1, "--after", "elsewhere/g1.pt"]
+    refused(command("evaluate.py", *few, cwd=folder), "is not the model that", "--before")
+    torch.save({"forgotten": True}, folder / "checkpoints/newest-but-broken.pt")
+    (folder / "checkpoints/newest.pt").write_bytes(b"broken")
+    r = command("evaluate.py", *few, "g1.pt", "--before", "checkpoints/mnist.pt", cwd=folder)
+    assert r.returncode == 0, r.stderr
+    for name in ("elsewhere", folder.name):  # two files of one name: two reports
+        assert (folder / f"results/{name}-g1/report.json").exists()
+    (folder / "checkpoints/newest-but-broken.pt").unlink()
+    assert evaluate.newest_unlearned(folder / "checkpoints").endswith("mnist-forget-1.pt")
+    (folder / "checkpoints/newest.pt").unlink()
+
+
+def test_a_broken_model_is_not_perfect_forgetting(folder):
+    after = torch.load(folder / "g1.pt", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    noise = {k: torch.randn(v.shape, generator=generator) for k, v in after["weights"].items()}
+    torch.save({**after, "weights": noise}, folder / "noise.pt")
+    r = command("evaluate.py", "--after", "noise.pt", "--samples", 50, "--sampling-steps", 5,
+                cwd=folder)
+    report = json.loads((folder / "results/noise/report.json").read_text())
+    confidence = [report[when]["mean_confidence"] for when in ("before", "after")]
+    assert report["recognisable"] == (confidence[1] >= 0.8 * confidence[0])
+    assert ("WARNING" in r.stdout) == (not report["recognisable"])
+    noise["out.2.bias"][0] = float("nan")
+    torch.save({**after, "weights": noise}, folder / "nan.pt")
+    refused(command("evaluate.py", "--after", "nan.pt", cwd=folder), "broken", "out.2.bias")
+
+
+def test_nothing_is_replaced_and_nothing_is_written_where_it_does_not_belong(folder):
+    samples = (folder / "s.pt").read_bytes()
+    few = ["--after", "g1.pt", "--samples", 4, "--sampling-steps", 1, "--output", "other"]
+    refused(command("evaluate.py", *few, "--save-samples", "s.pt", cwd=folder), "s.pt exists")
+    assert (folder / "s.pt").read_bytes() == samples and not (folder / "other").exists()
+    (folder / "other/g1").mkdir(parents=True)
+    (folder / "other/g1/after.png").write_bytes(b"mine")
+    refused(command("evaluate.py", *few, cwd=folder), "after.png exists")
+    (folder / "cat.png").write_bytes(b"mine")
+    refused(command("train_ddpm.py", "--steps", 1, "--output", "cat.pt", cwd=folder), "cat.png")
+    assert (folder / "cat.png").read_bytes() == b"mine"
+    for name in ("x.safetensors", "x.png", "x.json"):
+        refused(command("train_ddpm.py", "--output", name, cwd=folder), name, ".pt")
+        refused(command("vdu.py", "--forget-class", 1, "--output", name, cwd=folder), name, ".pt")
+    refused(command("train_ddpm.py", "--output", "other", "--overwrite", cwd=folder), "is a folder")
 
 
 def test_a_full_disk_leaves_the_old_file(folder):
@@ -362,13 +452,26 @@ def test_forgetting_reads_no_other_class(colours):
         (colours / "kept").rename(colours / "images/train/blue")
 
 
+def test_names_that_the_terminal_cannot_show(colours, tmp_path):
+    for name in ("\u732b", "\u72d7"):
+        shutil.copytree(colours / "images/test/red", tmp_path / "photos" / name)
+    r = subprocess.run([sys.executable, ROOT / "train_ddpm.py", "--dataset", "folder",
+                        "--data-root",
+                        "photos", "--image-size", "8", "--steps", "2", "--batch-size", "2"],
+                       cwd=tmp_path, env={**NO_NETWORK, "PYTHONIOENCODING": "cp1252"},
+                       capture_output=True)
+    assert r.returncode == 0, r.stderr
+    assert rb"\u732b" in r.stdout
+
+
 def test_a_model_that_others_trained(colours):
     """Published weights, of which there is one file: the posterior is guessed, or
     measured while training on."""
     published = torch.load(ROOT / "tests/data/ddpm_reference.pt", weights_only=True)["original"]
     torch.save(published["state_dict"], colours / "model-790000.ckpt")
+    torch.save({k: v + 1 for k, v in published["state_dict"].items()}, colours / "later.ckpt")
     for i, option in enumerate((["--function-space"], ["--share", 0.3, "--function-space"],
-                                ["--posterior", "model-790000.ckpt", "model-0.pt"])):
+                                ["--posterior", "model-790000.ckpt", "later.ckpt"])):
         r = command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-images", "reds",
                     "--forget-samples", 6, "--steps", 1, "--batch-size", 2,
                     "--anchors", 10, *option, "--output", f"model-{i}.pt", cwd=colours)
@@ -432,7 +535,8 @@ def test_cifar10_and_tiny_imagenet_in_their_published_layouts(tmp_path):
         folder = tmp_path / "results/diffusion_pytorch_model-forget-horse"
         report = json.loads((folder / "report.json").read_text())
         assert report["forgotten"] == ["horse"]
-        assert report["before"]["checkpoint"] == "diffusion_pytorch_model.bin"
+        parent = tmp_path / "diffusion_pytorch_model.bin"
+        assert report["before"]["checkpoint"] == str(parent)
 
     folder = tmp_path / "tiny-imagenet-200"
     (folder / "val" / "images").mkdir(parents=True)

@@ -2,6 +2,7 @@
 numerical integration."""
 
 import gzip
+import json
 import math
 from pathlib import Path
 
@@ -278,7 +279,7 @@ def test_the_newer_spelling_of_attention_is_the_same_network(tmp_path):
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
-def test_every_tensor_of_the_published_cifar10_networks_has_its_place(layout):
+def test_every_tensor_of_the_published_cifar10_networks_has_its_place(layout, capsys):
     with gzip.open(DATA / "ddpm_cifar10_state_dicts.tsv.gz", "rt") as f:
         rows = [line.rstrip("\n").split("\t") for line in f]
     tensors = {k: torch.empty([int(n) for n in shape.split(",")], device="meta")
@@ -293,9 +294,48 @@ def test_every_tensor_of_the_published_cifar10_networks_has_its_place(layout):
     lacking = {k: v for k, v in tensors.items() if k != some}
     with pytest.raises(ddpm.UserError, match=f"lacks: {some}"):
         ddpm.published_checkpoint(lacking, "cifar")
-    with pytest.raises(ddpm.UserError, match="no use: logits.weight"):
-        ddpm.published_checkpoint({**tensors, "logits.weight": torch.empty(1, device="meta")},
-                                  "cifar")
+    more = ddpm.published_checkpoint({**tensors, "logits.weight": torch.empty(1, device="meta")},
+                                     "cifar")
+    assert more["weights"].keys() == raw["weights"].keys()
+    assert "not reading 1 tensors that DDPM's network does not have: logits.weight" in (
+        capsys.readouterr().out)
+
+
+def course_network():
+    """(config.json, weights) of diffusers_course.json, x and the output for it."""
+    course = json.loads((DATA / "diffusers_course.json").read_text())
+    weights = {}
+    for place, (name, shape) in enumerate(sorted(course["shapes"].items())):
+        is_vector = len(shape) == 1
+        numbers = torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * (1 + place))
+        numbers *= 0.2 if is_vector else 1.4 / math.sqrt(math.prod(shape[1:]))
+        numbers += is_vector and name.endswith("weight")
+        weights[name] = numbers.view(shape).float()
+    x = torch.sin(torch.arange(384.0)).view(2, 3, 8, 8)
+    return course["config"], weights, x, torch.tensor(course["output"]).view(2, 3, 8, 8)
+
+
+@torch.no_grad()
+def test_diffusers_config_says_what_no_tensor_does(tmp_path, capsys):
+    """The courses' networks share the names of google/ddpm-cifar10-32's tensors."""
+    config, weights, x, output = course_network()
+    path, t = tmp_path / "diffusion_pytorch_model.safetensors", torch.tensor([3, 700])
+    ddpm.write_atomically(path, lambda f: ddpm.write_safetensors(f, weights, {}))
+    guessed = ddpm.load_checkpoint(path)
+    assert "no config.json" in (said := capsys.readouterr().out) and "norm_eps=1e-06" in said
+    assert (guessed.unet(x, t) - output).abs().max() > 1e-3  # what would pass silently
+    keys = ("attention_head_dim", "norm_eps", "downsample_padding", "flip_sin_to_cos", "freq_shift",
+            "sample_size")
+    assumed = ddpm.load_checkpoint(path, assume={k: config[k] for k in keys})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for checkpoint in (assumed, ddpm.load_checkpoint(path)):
+        assert (checkpoint.unet(x, t) - output).abs().max() < 2e-5
+        assert checkpoint.config["image_shape"] == (3, 8, 8)
+    for key, value in (("act_fn", "gelu"), ("freq_shift", 1), ("norm_num_groups", 16),
+                       ("downsample_padding", 2)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ddpm.UserError, match=f"another network: .*{key}"):
+            ddpm.load_checkpoint(path)
 
 
 def test_a_file_of_another_model_says_so(tmp_path):

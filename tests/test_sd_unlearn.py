@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import io
 import json
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -173,16 +174,65 @@ def test_what_does_not_fit_is_named(reference, reference_sizes, tmp_path):
     state = tiny_state(reference)
     prefix = sd_unlearn.PREFIX["unet"]
     state.pop(prefix + "out.2.bias")
-    state[prefix + "label_emb.weight"] = torch.zeros(1)
     state[prefix + "out.2.weight"] = torch.zeros(4, 32, 1, 1)
     torch.save(state, tmp_path / "sd.ckpt")
-    message = (r"1 missing \(.*out.2.bias\); 1 unexpected \(.*label_emb.weight\); "
+    message = (r"1 missing \(.*out.2.bias\); "
                r"1 of another shape \(.*out.2.weight is \(4, 32, 1, 1\)")
     with pytest.raises(UserError, match=message):
         sd_unlearn.load(tmp_path / "sd.ckpt", MERGES)
     torch.save({"some": torch.zeros(1)}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="446 missing"):
         sd_unlearn.load(tmp_path / "other.ckpt", MERGES)
+
+
+def test_what_the_networks_do_not_need_is_said_and_not_read(reference, reference_sizes, tmp_path,
+                                                            capsys):
+    extra = sd_unlearn.PREFIX["autoencoder"] + "loss.logvar"
+    torch.save(tiny_state(reference) | {extra: torch.zeros(1)}, tmp_path / "sd.ckpt")
+    sd_unlearn.load(tmp_path / "sd.ckpt", MERGES)
+    assert f"not reading 1 tensors that Stable Diffusion v1 does not have ({extra})" in (
+        capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("network", sd_unlearn.PREFIX)
+def test_one_nan_in_any_network_is_named(reference, reference_sizes, tmp_path, network):
+    state = tiny_state(reference, torch.float32)
+    name = [k for k in sorted(state) if k.startswith(sd_unlearn.PREFIX[network])][5]
+    state[name].view(-1)[0] = float("nan")
+    torch.save(state, tmp_path / "sd.ckpt")
+    with pytest.raises(UserError, match=f"broken: {name}"):
+        sd_unlearn.load(tmp_path / "sd.ckpt", MERGES)
+
+
+def test_files_that_are_not_merges(tmp_path):
+    lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")
+    with_header = sd_unlearn.Tokenizer(MERGES)
+    (tmp_path / "bare.txt").write_text("\n".join(lines[1:]), encoding="utf-8")
+    assert sd_unlearn.Tokenizer(tmp_path / "bare.txt").id == with_header.id
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "header.txt").write_text(lines[0])
+    (tmp_path / "vocab.json").write_text(json.dumps(with_header.id))
+    (tmp_path / "damaged.gz").write_bytes(MERGES.read_bytes()[:50_000] + b"0" * 99)
+    for name, words in (("empty.txt", "not a file of merges"), ("damaged.gz", "cannot read"),
+                        ("header.txt", "not a file of merges"),
+                        ("vocab.json", "not a file of merges")):
+        with pytest.raises(UserError, match=words):
+            sd_unlearn.Tokenizer(tmp_path / name)
+
+
+def test_a_prompt_that_is_too_long_is_said_once(capsys):
+    tokenizer = sd_unlearn.Tokenizer(MERGES)
+    tokenizer(["ball " * 80, "ball " * 90])
+    said = capsys.readouterr().out
+    assert said.count("tokens of a prompt") == 1 and "not the last 5: ball ball" in said
+
+
+def test_a_byte_order_mark_is_not_of_the_first_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa ball\n\n a cat \n".encode())
+    assert sd_unlearn.read_prompts(tmp_path / "p.txt") == ["a ball", "a cat"]
+    (tmp_path / "q.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="cannot read prompts"):
+        sd_unlearn.read_prompts(tmp_path / "q.txt")
 
 
 def test_merges_of_another_model_are_told(reference, reference_sizes, tmp_path):
@@ -332,6 +382,47 @@ def test_paper_terms_move_the_cross_attention_alone_and_accumulate(tiny):
     assert changed and all(".attn2." in k for k in changed)
 
 
+def test_safetensors_in_and_out(tiny):
+    """What other tools write is read, and what is written other tools can read."""
+    state = ddpm.read_file(tiny / "tiny.ckpt")["state_dict"]
+    header, data = {}, b""
+    for name, v in state.items():
+        numbers = v.float().contiguous().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(v.shape),
+                        "data_offsets": [len(data), len(data) + len(numbers)]}
+        data += numbers
+    text = json.dumps(header).encode()
+    (tiny / "tiny.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    few = ("--sampling-steps", 2, "--n", 1)
+    for name in ("tiny.ckpt", "tiny.safetensors"):
+        r = command(tiny, "sample", "--checkpoint", name, *COMMON, "--prompt", "a circle", *few,
+                    "--output", f"{name}.png")
+        assert r.returncode == 0, r.stderr
+    pixels = [sd_tiny.read_image(tiny / f"tiny.{ending}.png") for ending in ("ckpt", "safetensors")]
+    assert torch.equal(*pixels)
+    r = command(tiny, "unlearn", "--checkpoint", "tiny.safetensors", *COMMON, "--concept", "circle",
+                "--images", "circles", "--steps", 1, "--anchors", 12, "--output",
+                "gone.safetensors")
+    assert r.returncode == 0, r.stderr
+    content = (tiny / "gone.safetensors").read_bytes()
+    n = struct.unpack("<Q", content[:8])[0]
+    written = json.loads(content[8 : 8 + n])
+    assert json.loads(written.pop("__metadata__")["vdu"])["concept"] == "circle"
+    assert set(written) == set(state)
+    for name, entry in written.items():
+        first, last = entry["data_offsets"]
+        v = torch.frombuffer(bytearray(content[8 + n + first : 8 + n + last]), dtype=torch.float32)
+        v = v.view(entry["shape"])
+        moved = ".attn2." in name
+        assert moved or torch.equal(v, state[name])
+    r = command(tiny, "compare", "--before", "tiny.ckpt", "--after", "gone.safetensors", *COMMON,
+                "--prompts", "prompts.txt", *few, "--output", "gone")
+    assert r.returncode == 0, r.stderr
+    again = command(tiny, "compare", "--before", "tiny.ckpt", "--after", "tiny.ckpt", *COMMON,
+                    "--prompts", "prompts.txt", *few, "--output", "gone")
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
 def test_the_old_average_does_not_survive(tiny, tmp_path):
     """A file's EMA is a second copy of what was forgotten."""
     state = dict(ddpm.read_file(tiny / "tiny.ckpt")["state_dict"])
@@ -345,6 +436,8 @@ def test_the_old_average_does_not_survive(tiny, tmp_path):
 @pytest.mark.parametrize("args, message", [
     (("unlearn", "--checkpoint", "none.ckpt", "--concept", "x", "--images", "circles", "--output",
       "o.ckpt"), "no checkpoint at none.ckpt"),
+    (("unlearn", "--checkpoint", "tiny.ckpt", "--concept", " ", "--images", "circles", "--output",
+      "o.ckpt"), "--concept"),
     (("unlearn", "--checkpoint", "tiny.ckpt", "--concept", "x", "--images", "nowhere", "--output",
       "o.ckpt"), "no images in nowhere"),
     (("unlearn", "--checkpoint", "tiny.ckpt", "--concept", "x", "--images", "circles", "--output",
