@@ -368,10 +368,11 @@ def checkpoint_of(raw, path, device):
             raise ValueError("the posterior is of another network")
         check_finite(path, {f"posterior's {k}": mean[k] + std[k] for k in mean})
         posterior = {"mean": mean, "std": std, "n": int(posterior["n"])}
-    for key in ("name", "source", "root", "classes", "excluded", "images"):
-        data[key]
-    return Checkpoint(unet.eval(), diffusion, posterior, config, data, int(raw["step"]),
-                      raw.get("forgotten"), path, raw)
+    forgotten = raw.get("forgotten")
+    [data[key] for key in ("name", "source", "root", "classes", "excluded", "images")]
+    [forgotten[key] for key in ("classes", "images_from", "checkpoint", "settings") if forgotten]
+    return Checkpoint(unet.eval(), diffusion, posterior, config, data, int(raw["step"]), forgotten,
+                      path, raw)
 
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse",
@@ -424,9 +425,9 @@ def read_diffusers_config(path, assume):
     if beside.exists():
         return {**json.loads(beside.read_text(encoding="utf-8")), **assume}
     config = {**DDPM_CONFIG, **assume}
-    print(f"no config.json beside {path}: assuming that it would say "
-          f"{', '.join(f'{k}={json.dumps(v)}' for k, v in config.items())} "
-          "(vdu.py --assume KEY=VALUE says otherwise)")
+    entries = [f"{key}={json.dumps(value)}" for key, value in config.items()]
+    print(f"no config.json beside {path}: assuming that it would say {', '.join(entries)} (vdu.py "
+          "--assume KEY=VALUE says otherwise)")
     return config
 
 

@@ -821,7 +821,8 @@ def parser():
                    help="a Stable Diffusion v1 checkpoint")
     c.add_argument("--concept", required=True, type=not_empty, metavar="TEXT",
                    help='what must go, as prompts name it: "golf ball"')
-    c.add_argument("--images", required=True, metavar="DIR", help="a folder of images of it")
+    c.add_argument("--images", required=True, metavar="DIR",
+                   help="a folder of images of it; what is transparent in them becomes white")
     c.add_argument("--output", required=True, metavar="FILE",
                    help="the unlearned checkpoint, in the same layout")
     c.add_argument("--parameters", choices=["cross-attention", "all"], default="cross-attention",

@@ -476,33 +476,39 @@ def tiny_imagenet_val(folder, classes):
 
 def load_folder(root, train, image_shape=None, only=None):
     """One sub-folder of images per class; or such as train/ and test/ (or val/)."""
-    folder = Path(root)
-    if not subfolders(folder):
-        raise UserError(f"{folder} is not a folder of classes: it needs one sub-folder of images "
+    if not subfolders(Path(root)):
+        raise UserError(f"{root} is not a folder of classes: it needs one sub-folder of images "
                         "for each")
-    inside = {name.lower(): path for name, path in subfolders(folder).items()}
-    trains = [inside[n] for n in ("train", "training") if n in inside and subfolders(inside[n])]
-    tests = [inside[n] for n in ("test", "testing", "val", "validation") if n in inside and trains]
+    training, test = folder_parts(Path(root))
     data = {"source": "folder", "root": os.path.abspath(root)}
-    if not train and not tests:
+    here = training if train else test
+    if here is None:
         return None, None, data
-    learn = trains[0] if trains else folder
-    here = learn if train else tests[0]
-    loose = sum(is_image(p) for p in here.iterdir())
+    loose = sum(map(is_image, here.iterdir()))
     if loose:
         print(f"{here}: passing over {loose} images that lie in no class's folder")
-    classes, files = list(subfolders(learn)), []
-    if set(only or ()) - set(classes):
-        raise UserError(f"the classes in {learn} are {', '.join(classes[:20])}: no folder of "
-                        f"{', '.join(set(only) - set(classes))}")
-    for i, name in enumerate(classes):
-        if only is None or name in only:
-            found = image_files(subfolders(here)[name]) if name in subfolders(here) else []
-            if train and not found:
-                raise UserError(f"no images of the class {name} in {here}")
-            files += [(path, i) for path in found]
+    classes, folders, files = list(subfolders(training)), subfolders(here), []
+    wanted = classes if only is None else only
+    if set(wanted) - set(classes):
+        raise UserError(f"the classes in {training} are {', '.join(classes[:20])}: no folder of "
+                        f"{', '.join(set(wanted) - set(classes))}")
+    for name in wanted:
+        found = image_files(folders[name]) if name in folders else []
+        if train and not found:
+            raise UserError(f"no images of the class {name} in {here}")
+        files += [(path, classes.index(name)) for path in found]
     images, labels = read_labelled(files, image_shape or (None, 32, 32), here)
     return images, labels, {**data, "classes": classes}
+
+
+def folder_parts(folder):
+    """(folder to train on, folder to test on or None), by the names that are usual."""
+    inside = {name.lower(): path for name, path in subfolders(folder).items()}
+    for name in ("train", "training"):
+        if name in inside and subfolders(inside[name]):
+            tests = [inside[n] for n in ("test", "testing", "val", "validation") if n in inside]
+            return inside[name], (tests or [None])[0]
+    return folder, None
 
 
 def subfolders(folder):
@@ -524,25 +530,24 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
     alone there need be anything left.  Raises UserError if other classes are there.
     """
     data = checkpoint.data
+    names = only if only is None else [data["classes"][i] for i in only]
     if data_root is None and data["source"] == MNIST_5K.name:
-        names = only if only is None else [data["classes"][i] for i in only]
         return load_mnist_5k(None, train, None, names)[:2]
     root = data_root or data["root"]
     if data_root is None and root is not None and not os.path.isdir(root):
         raise UserError(f"{checkpoint.path} was trained on {data['name']} in {root}, which is not "
                         "there; say where with --data-root DIR")
-    names = only if only is None else [data["classes"][i] for i in only]
     images, labels, found = load_dataset(data["name"], root, train,
                                          checkpoint.config["image_shape"], names)
     classes = found.get("classes", data["classes"])
-    if names is None and classes != data["classes"] or set(names or ()) - set(classes):
+    if classes == data["classes"]:
+        return images, labels
+    if names is None:
         raise UserError(f"the classes in {root} are {', '.join(classes[:20])}, and not those that "
                         f"{checkpoint.path} was trained on, {', '.join(data['classes'][:20])}; say "
                         "where those are with --data-root DIR")
-    if labels is not None and classes != data["classes"]:  # some are gone: count as it did
-        of_name = {name: i for i, name in enumerate(data["classes"])}
-        labels = torch.tensor([of_name[classes[i]] for i in labels.tolist()])
-    return images, labels
+    of_name = {name: i for i, name in enumerate(data["classes"])}  # some are gone: count as it did
+    return images, torch.tensor([of_name[classes[i]] for i in labels.tolist()])
 
 
 # --------------------------------------------------------------------------------------
@@ -557,7 +562,7 @@ def is_image(path):
 def image_files(folder):
     """The images in a folder and below it, in order; says what it passes over."""
     files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and not any(
-        part.startswith(".") for part in p.relative_to(folder).parts)]
+        name.startswith(".") for name in p.relative_to(folder).parts)]
     images = [p for p in files if is_image(p)]
     if len(images) < len(files):
         endings = sorted({p.suffix.lower() or p.name for p in files} - set(IMG_EXTENSIONS))

@@ -704,8 +704,9 @@ def summary(record, interrupted, seconds, device):
     """What unlearning did, in one line."""
     why = "interrupted, and saved as it stood" if interrupted else "done"
     return (f"{why} after {record['steps']} steps ({seconds:.0f} s, peak memory "
-            f"{peak_memory(device)}): A {record['first']['A']:.4f} -> {record['last']['A']:.4f}, "
-            f"theta moved {record['moved_rms_sigma']:.4f} sigma (rms over parameters)")
+            f"{peak_memory(device)}): A {record['first']['A']:.4f} in the first step, "
+            f"{record['last']['A']:.4f} in the last, theta moved "
+            f"{record['moved_rms_sigma']:.4f} sigma (rms over parameters)")
 
 
 def verdict(check, args):
@@ -767,7 +768,7 @@ def parser():
                       help="one or several classes to forget, by name")
     what.add_argument("--forget-images", metavar="DIR",
                       help="forget what the images in this folder show: no class, label or "
-                           "dataset is needed")
+                           "dataset is needed; what is transparent in them becomes white")
     p.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="FILE",
                    help="the trained model: of train_ddpm.py, or DDPM's published weights; where "
                         "the default is missing, the one of MNIST that ships with the code")

@@ -130,7 +130,7 @@ def test_the_small_checkpoint_is_one(raw, tmp_path):
 @pytest.mark.parametrize("change", [
     {"config": {}}, {"config": 3}, {"weights": 3}, {"weights": {}}, {"weights": {"out.0.bias": 1}},
     {"posterior": 7}, {"posterior": {"mean": {}, "std": {}, "n": 2}}, {"data": {}}, {"data": None},
-    {"step": "many"}], ids=str)
+    {"step": "many"}, {"forgotten": {"classes": ["1"]}}], ids=str)
 def test_right_names_with_wrong_contents(raw, tmp_path, change):
     with pytest.raises(UserError, match="x.pt: what it holds does not fit together"):
         reload(tmp_path / "x.pt", {**raw, **change})
