@@ -5,12 +5,10 @@
 
 Holds    the derivation, the losses, the posterior p(theta | D), the objective, the
          loop; below a rule what goes beyond the paper; last the command line.
-Reads    a checkpoint of train_ddpm.py, or DDPM weights of others; and images of
-         what is to be forgotten alone, of a class or in a folder. Never a retained
-         image.
+Reads    a checkpoint of train_ddpm.py, or DDPM weights of others; images of what is
+         to be forgotten, of a class or in a folder. Never a retained image.
 Writes   a checkpoint, checkpoints/mnist-forget-1.pt, that remembers what it forgot.
-Paper    VDU (arXiv 2510.04058), its method: plasticity inducer, stability regularizer,
-         objective.
+Paper    VDU (arXiv 2510.04058), its method: the two terms, posterior, objective.
 """
 
 import math
@@ -87,8 +85,7 @@ def plasticity_loss(unet, diffusion, x0, t, eps):
 def stability_loss(theta, posterior):
     """B = sum_i (theta_i - mu*_i)^2 / (2 sigma*_i^2): the KL of (3), less constants.
 
-    theta: dict from names to parameters.  Returns a scalar (VDU, stability
-    regularizer).
+    theta: {name: parameter}.  Returns a scalar (VDU, stability regularizer).
     """
     return sum(((p - posterior.mean[k]) / posterior.std[k]).square().sum()
                for k, p in theta.items()) / 2
@@ -108,8 +105,7 @@ SIGMA_FLOOR = 1e-8  # for a parameter that never moved: it stays, and nothing di
 class GaussianPosterior:
     """p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2) (VDU's approximation).
 
-    mean, std: dicts from parameter names to tensors of the parameters' shapes (mu*,
-    sigma*). n: checkpoints behind them.
+    mean, std: {name: tensor} like the parameters, mu* and sigma*.  n: of n checkpoints.
     """
 
     def __init__(self, mean, std, n):
@@ -118,10 +114,9 @@ class GaussianPosterior:
 
     @classmethod
     def from_checkpoints(cls, paths, read):
-        """mu* and sigma* over checkpoint files of one training, read one at a time.
+        """mu* and sigma* over files of one training, one at a time. read: path -> dict.
 
-        read: path -> dict of parameters.  Raises UserError for fewer than two files,
-        for equal ones, or if one differs from the first in names or shapes.
+        Raises UserError for fewer than two, for equal ones, or another network.
         """
         running, digests = None, set()
         for path in paths:
@@ -131,8 +126,7 @@ class GaussianPosterior:
             running.update(theta.items())
             digests.add(digest(theta.values()))
         if len(digests) < max(2, len(paths)):
-            raise UserError("--posterior needs at least two checkpoints of one training that "
-                            "differ: one has no spread")
+            raise UserError("--posterior needs two checkpoints that differ: one has no spread")
         return cls(**running.posterior())
 
     def isotropic(self):
@@ -159,7 +153,7 @@ class PaperObjective:
 
     forget: (N, C, H, W) in [-1, 1] (or latents), images of D_f.  t_range: shares of T
     between which t is drawn.  context: (M, L, E) encoded prompts, one drawn for each
-    image at random, where the network takes any.  scale: d/P, the unit of L.
+    image, where the network takes any.  scale: d/P, the unit of L.
     """
 
     def __init__(self, diffusion, posterior, forget, gamma, batch_size, t_range, context=None):
@@ -172,8 +166,8 @@ class PaperObjective:
 
     def draw(self):
         """x_0 (n, C, H, W) of D_f, t (n,), eps like x_0, and prompts, () for none."""
-        device, n = self.forget.device, self.batch_size
-        x0, prompts = self.forget[torch.randint(len(self.forget), (n,)).to(device)], ()
+        device, n, prompts = self.forget.device, self.batch_size, ()
+        x0 = self.forget[torch.randint(len(self.forget), (n,)).to(device)]
         if self.context is not None:
             prompts = (self.context[torch.randint(len(self.context), (n,)).to(device)],)
         t = stratified_timesteps(n, self.low, self.high, device)
@@ -196,11 +190,11 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
     standard deviations.  adam: its steps in z in place of SGD's.  accumulate: batches
     per step. check: called after each step with its number, True ends the loop.  stop:
     has .requested.  Raises UserError if the posterior is of another network, or if loss
-    or weights become infinite or nan.
+    or weights become infinite or nan (unet is then at mu*).
 
-    The steps are taken in whitened coordinates z = (theta - mu*) / sigma*, in which the
-    posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A, a
-    loose one does. (Adam on theta would move each by lr, whatever its sigma*.)
+    The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
+    posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A. (Adam
+    on theta would move each by lr, whatever its sigma*.)
     """
     theta = trainable(unet)
     check_parameters("the posterior", posterior.mean, "the network", theta)
@@ -218,7 +212,7 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
             for _ in range(accumulate):
                 loss, numbers = objective(unet)
                 if not math.isfinite(loss.item()):
-                    raise diverged(f"the loss became {loss.item()} at step {step + 1}", lr)
+                    raise diverged(posterior, theta, lr, f"loss {loss.item()} at step {step + 1}")
                 (loss / accumulate).backward()
                 batches.append(numbers)
             for k, p in theta.items():
@@ -237,7 +231,7 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
     P = sum(v.numel() for v in z.values())
     moved = math.sqrt(sum(v.square().sum().item() for v in z.values()) / P)
     if not math.isfinite(moved):
-        raise diverged("the weights became infinite", lr)
+        raise diverged(posterior, theta, lr, "weights became infinite in the last step")
     return {"steps": len(history), "first": history[0], "last": history[-1],
             "moved_rms_sigma": moved}
 
@@ -254,7 +248,9 @@ def prompted(unet, prompts):
     return lambda xt, t: unet(xt, t, *prompts)
 
 
-def diverged(what, lr):
+def diverged(posterior, theta, lr, what):
+    """The error to raise; theta is put back to mu*."""
+    posterior.unwhiten({k: torch.zeros_like(p) for k, p in theta.items()}, theta)
     return UserError(f"{what}; nothing was written, the old checkpoint is as it was: try a larger "
                      f"--gamma or a smaller --lr than {lr:g}")
 
@@ -583,6 +579,7 @@ def choose_output(args, checkpoint, indices):
     classes = [checkpoint.data["classes"][i] for i in indices]
     what = "-".join(classes) or os.path.basename(os.path.abspath(args.forget_images))
     what = what if len(what) < 100 else f"{len(classes)}-classes"
+    what = "".join(c if c.isalnum() or c in " .-_" else "_" for c in what)  # never a path
     output = args.output or str(path.with_name(f"{path.stem}-forget-{what}{path.suffix}"))
     if os.path.abspath(output) == os.path.abspath(args.checkpoint):
         raise UserError("--output is the --checkpoint itself: evaluate.py needs both, choose "

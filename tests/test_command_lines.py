@@ -151,6 +151,30 @@ def test_options_of_unlearning(folder):
                 *words)
 
 
+def test_the_seed_is_heard(folder):
+    weights = []
+    for i, seed in enumerate((1, 1, 2)):
+        r = command("vdu.py", "--forget-class", 4, "--seed", seed, "--steps", 1, "--batch-size", 4,
+                    "--anchors", 10, "--output", f"seed-{i}.pt", cwd=folder)
+        assert r.returncode == 0, r.stderr
+        weights.append(ddpm.load_checkpoint(folder / f"seed-{i}.pt").unet.out[2].weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_interrupted_unlearning_is_saved(folder):
+    args = ["--forget-class", 1, "--steps", 100_000, "--batch-size", 4, "--anchors", 10, "--output",
+            "stopped-early.pt"]
+    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "vdu.py"), *map(str, args)],
+                               cwd=folder, env=NO_NETWORK, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    while "unlearning:" not in process.stderr.readline(60):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted, and saved as it stood" in out
+    assert ddpm.load_checkpoint(folder / "stopped-early.pt").forgotten["steps"] >= 1
+
+
 def test_interrupted_training_resumes_to_the_same_result(folder):
     args = ["--dataset", "mnist", "--steps", 40, "--batch-size", 32, "--output", "stopped.pt"]
     process = subprocess.Popen([sys.executable, "-u", str(ROOT / "train_ddpm.py"), *map(str, args)],

@@ -1,6 +1,7 @@
 """The metrics: Frechet distance against its closed form, PUL, intervals."""
 
 import math
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -173,3 +174,92 @@ def test_jitter_keeps_size_and_content():
         padded = torch.nn.functional.pad(torch.stack([a, a.flip(2)]), (4,) * 4, mode="reflect")
         assert any(torch.equal(p[:, dy : dy + 16, dx : dx + 16], b) for p in padded
                    for dy in range(9) for dx in range(9))
+
+
+# --- the report, on models that are known ---------------------------------------------
+
+
+def stub(path, features, log):
+    """A checkpoint whose samples are these features (N, 2), as images of 1x2 pixels."""
+    def sample(unet, n, shape, steps, eta, seed, progress=False):
+        log.append((n, steps, eta, seed))
+        return features[:n].view(n, *shape)
+
+    return SimpleNamespace(path=path, config={"image_shape": (1, 1, 2)}, unet=None, forgotten=None,
+                           data={"classes": ["a", "b"], "name": "stub"},
+                           diffusion=SimpleNamespace(sample=sample))
+
+
+class StubJudge(evaluate.Judge):
+    """Features are the pixels; what lies above 0.5 is of class a."""
+
+    def __init__(self, checkpoint, real, labels):
+        self.checkpoint, self.labels, self.accuracy, self.device = checkpoint, labels, 1.0, "cpu"
+        self.real_features, self.samples, self.before, self.inception = real, None, {}, None
+
+    def look_at(self, images):
+        x = images.flatten(1).float() / 127.5 - 1
+        is_a = (x[:, 0] > 0.5).float()
+        return x, torch.stack([is_a, 1 - is_a], dim=1)
+
+
+def stub_report():
+    generator = torch.Generator().manual_seed(0)
+    cloud = 0.1 * torch.randn(400, 2, generator=generator)
+    a = cloud[:100] + torch.tensor([0.8, 0.0])
+    log = []
+    before = stub("before.pt", torch.cat([a[:50], cloud[100:150]]), log)
+    after = stub("after.pt", torch.cat([a[:10], cloud[200:290]]), log)
+    judge = StubJudge(before, torch.cat([a, cloud[300:]]), (torch.arange(200) >= 100).long())
+    sampling = evaluate.Sampling(100, 7, 0.5, 3)
+    report, _ = evaluate.compare(judge, after, ["a"], sampling, 0)
+    return report, log, torch.cat([a, cloud[300:]]), after, judge
+
+
+def test_the_report_by_hand():
+    report, log, real, after, judge = stub_report()
+    assert report["PUL"] == 80 and report["recognisable"]
+    assert log == [(100, 7, 0.5, 3)] * 2  # the same noise before and after
+    sides = [judge.look_at(evaluate.to_uint8(s))[0] for s in (
+        judge.checkpoint.diffusion.sample(None, 100, (1, 1, 2), 1, 1, 1),
+        after.diffusion.sample(None, 100, (1, 1, 2), 1, 1, 1))]
+    fids = [frechet_distance(x, real[100:]) for x in sides]  # against what stays alone
+    assert [report[w]["u_fid"] for w in ("before", "after")] == pytest.approx(fids, rel=1e-6)
+    assert report["u_fid_ratio"] == pytest.approx(fids[1] / fids[0]) and fids[1] < fids[0]
+    text = evaluate.report_table(report)
+    assert "80.0%" in text and "WARNING" not in text
+
+
+def test_a_model_that_draws_nothing_known_is_told():
+    report, *_ = stub_report()
+    report["after"]["mean_confidence"] = 0.79
+    report["recognisable"] = False
+    assert "WARNING: the classifier recognises much less" in evaluate.report_table(report)
+
+
+def test_broken_samples_and_too_few_images_are_refused():
+    _, log, real, after, judge = stub_report()
+    nan = stub("nan.pt", torch.full((100, 2), math.nan), log)
+    with pytest.raises(UserError, match="nan.pt draws images that are not finite"):
+        evaluate.Sampling(100, 7, 0.5, 3).draw(nan)
+    judge.labels = torch.zeros(200).long()
+    judge.labels[0] = 1
+    with pytest.raises(UserError, match="at least two real images .* there are 1"):
+        judge.describe(torch.zeros(9, 1, 1, 2, dtype=torch.uint8), [0], after, 0)
+
+
+def test_relearning_sees_the_forgotten_class_alone(monkeypatch):
+    _, log, _, after, judge = stub_report()
+    judge.images = torch.zeros(200, 1, 1, 2, dtype=torch.uint8)
+    judge.images[:100] = 255
+    judge.classifier = None
+    monkeypatch.setattr(evaluate, "features_and_probabilities",
+                        lambda classifier, images, device: judge.look_at(images))
+    seen = []
+    monkeypatch.setattr(evaluate, "training_step",
+                        lambda unet, diffusion, optimizer, x: seen.append(x))
+    after.unet = torch.nn.Linear(1, 1)
+    result = evaluate.relearning(judge, {"unlearned": after}, ["a"], [0, 2, 4], 30, 1e-3,
+                                 evaluate.Sampling(100, 7, 0.5, 3))
+    assert len(seen) == 4 and all((x == 1).all() for x in seen)  # 255 is 1: class a
+    assert result["unlearned"] == [0.1] * 3 and result["images"] == 30

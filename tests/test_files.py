@@ -8,6 +8,7 @@ import pickle
 import struct
 import unicodedata
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torchvision.utils import save_image
 
 import ddpm
 import train_ddpm
+import vdu
 from ddpm import UserError
 from train_ddpm import class_indices, load_dataset, load_images, read_image
 
@@ -292,6 +294,11 @@ def test_one_class_is_read_where_the_others_are_gone(raw, tmp_path):
     checkpoint = reload(tmp_path / "x.pt", {**raw, "data": data})
     images, labels = train_ddpm.load_data_of(checkpoint, only=[1])
     assert images.shape == (2, 1, 8, 8) and labels.tolist() == [1, 1]
+    args = SimpleNamespace(seed=0, forget_images=None, data_root=None, share=0.3,
+                           forget_samples=None)
+    forget, rho = vdu.load_forget_images(args, checkpoint, [1])
+    expected = torch.tensor([0.1, 0.2]).mul(255).round() / 127.5 - 1
+    assert torch.allclose(forget.mean((1, 2, 3)).sort().values, expected, atol=0.01) and rho == 0.3
     for only, word in ((None, "no images of the class c"), ([0], "the classes in .* are b, c"),
                        ([2], "no images of the class c")):
         with pytest.raises(UserError, match=word):
@@ -318,6 +325,13 @@ def test_names_of_classes(tmp_path):
         class_indices(["CAT"], data)
     folder_of(tmp_path, unicodedata.normalize("NFD", composed) + "/1.png", "b/2.png")
     assert load_dataset("folder", tmp_path)[2]["classes"] == ["b", composed]
+
+
+def test_a_run_on_the_shipped_images_resumes_where_mnist_is_there(monkeypatch):
+    monkeypatch.setitem(train_ddpm.LOADERS, "mnist", lambda *args: pytest.fail("all of MNIST"))
+    args = SimpleNamespace(dataset="mnist", data_root=None, image_size=None, exclude_class=["3"])
+    images, data = train_ddpm.training_images(args, {"data": {"source": "mnist_5k.npz"}})
+    assert len(images) == 4500 and data["counts"][3] == 0 and data["name"] == "mnist"
 
 
 # --- MNIST's own files ----------------------------------------------------------------

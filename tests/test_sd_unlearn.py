@@ -19,6 +19,7 @@ import sd_tiny
 import sd_unlearn
 from ddpm import UserError
 from unet import UNet
+from vdu import unlearn
 
 DATA = Path(__file__).parent / "data"
 MERGES = DATA / "clip_merges.txt.gz"
@@ -367,7 +368,14 @@ def test_unlearn_and_compare(tiny, concept):
     assert after["vdu"]["concept"] == concept and after["global_step"] == before["global_step"]
 
 
-def test_paper_terms_move_the_cross_attention_alone_and_accumulate(tiny):
+def test_paper_terms_move_the_cross_attention_alone_and_accumulate(tiny, monkeypatch):
+    calls = []
+
+    def recorded(unet, posterior, objective, lr, steps, adam, accumulate, *args, **kwargs):
+        calls.append((accumulate, unet.gradient_checkpointing, ddpm.precision))
+        return unlearn(unet, posterior, objective, lr, steps, adam, accumulate, *args, **kwargs)
+
+    monkeypatch.setattr(sd_unlearn, "unlearn", recorded)
     for name, extra in (("one", ("--batch-size", 8)),
                         ("two", ("--batch-size", 4, "--accumulate", 2))):
         r = command(tiny, "unlearn", "--checkpoint", "tiny.ckpt", *COMMON, "--concept", "circle",
@@ -376,6 +384,7 @@ def test_paper_terms_move_the_cross_attention_alone_and_accumulate(tiny):
         assert r.returncode == 0, r.stderr
         # three steps forget nothing, and it says so
         assert "It is still there: try --function-space" in r.stdout
+    assert calls == [(1, True, "bf16"), (2, True, "bf16")]
     before = ddpm.read_file(tiny / "tiny.ckpt")["state_dict"]
     after = torch.load(tiny / "one.ckpt", weights_only=True)["state_dict"]
     changed = {k for k in after if not torch.equal(after[k], before[k])}

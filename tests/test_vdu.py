@@ -2,11 +2,14 @@
 and a closed-form toy."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+import ddpm
+import vdu
 from ddpm import Diffusion, UserError
 from train_ddpm import RunningPosterior
 from unet import UNet
@@ -414,3 +417,66 @@ def test_guessed_sigma_is_a_share_of_each_tensors_scale():
     assert posterior.n == 1 and all(torch.equal(posterior.mean[k], v) for k, v in tensors.items())
     assert posterior.std["a"].item() == pytest.approx(0.5 * 12.5**0.5)
     assert posterior.std["b"].item() == pytest.approx(0.05)
+
+
+def test_accumulation_is_the_mean_over_batches():
+    """Two batches of a known gradient per step, against one of their mean."""
+    net = torch.nn.Linear(2, 1)
+    posterior = GaussianPosterior({k: p.detach().clone() for k, p in net.named_parameters()},
+                                  {k: torch.ones_like(p) for k, p in net.named_parameters()}, 2)
+
+    def objective_of(slopes):
+        it = iter(slopes * 3)
+
+        def objective(unet):
+            slope = next(it)
+            return slope * sum(p.sum() for p in unet.parameters()), {"A": slope}
+        objective.scale = 1.0
+        return objective
+
+    ends = []
+    for slopes, accumulate in (([1.0, 5.0], 2), ([3.0], 1)):
+        record = unlearn(net, posterior, objective_of(slopes), 0.1, 3, accumulate=accumulate)
+        ends.append([p.detach().clone() for p in net.parameters()])
+        assert record["last"]["A"] == 3
+    assert all(torch.allclose(a, b) for a, b in zip(*ends))
+
+
+def test_weights_that_run_away_in_the_last_step_are_not_called_done(toy):
+    d, unet, posterior = toy
+    with pytest.raises(UserError, match="weights became infinite in the last step; nothing"):
+        paper_unlearn(toy, copy.deepcopy(unet), toy_images(8, 1), 0.5, lr=1e38, steps=1)
+
+
+def settings(*args):
+    args = vdu.parser().parse_args(["--forget-class", "1", *args])
+    ddpm.fill_in(args, vdu.FUNCTION_SPACE if args.function_space else vdu.PAPER)
+    return args
+
+
+def test_the_command_line_reaches_the_objective(toy, tmp_path):
+    d, unet, posterior = toy
+    checkpoint = SimpleNamespace(unet=unet, diffusion=d)
+    for option in ([], ["--function-space"]):
+        args = settings(*option, "--t-range", "0.25", "0.5", "--batch-size", "7", "--anchors", "40",
+                        "--gamma", "0.3", "--kappa", "6", "--until", "0.5")
+        objective, check = vdu.build_objective(args, checkpoint, posterior, toy_images(40, 1), 0.4)
+        assert (objective.low, objective.high, objective.batch_size) == (25, 50, 7)
+        assert check.until == 0.5
+        t = objective.draw()[1]
+        assert len(t) == 7 and t.min() >= 25 and t.max() < 50
+        if option:
+            assert objective.kappa == 6 and objective.rho == 0.4
+        else:
+            assert objective.gamma == 0.3
+
+
+def test_the_files_name_stays_short(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"classes": [f"a rather long name of class number {i}" for i in range(27)],
+            "source": "folder"}
+    checkpoint = SimpleNamespace(data=data)
+    args = settings("--checkpoint", "x.pt")
+    assert vdu.choose_output(args, checkpoint, [*range(27)]) == "x-forget-27-classes.pt"
+    data["classes"][0] = "../../etc/x"
+    assert "/" not in vdu.choose_output(args, checkpoint, [0])
