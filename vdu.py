@@ -193,8 +193,8 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
     or weights become infinite or nan (unet is then at mu*).
 
     The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
-    posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A. (Adam
-    on theta would move each by lr, whatever its sigma*.)
+    posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A.
+    (Adam on theta would move each by lr, whatever its sigma*.)
     """
     theta = trainable(unet)
     check_parameters("the posterior", posterior.mean, "the network", theta)
