@@ -129,6 +129,17 @@ def test_variational_bound_of_the_exact_model_is_the_true_likelihood():
     assert gaps[2] < 0.005 * true
 
 
+def test_the_bound_counts_what_x_T_still_knows():
+    """L_T by its closed form, in a diffusion too short to forget x_0."""
+    d, x0 = Diffusion("scaled_linear", 10), torch.rand(6, 1, 4, 4) - 0.5
+    bound = d.variational_bound(GaussianOracle(d, 0.0, 0.3), x0)
+    abar = d.alpha_bar[-1].double()
+    kl = (abar * x0.double() ** 2 + (1 - abar) - 1 - (1 - abar).log()) / 2
+    assert torch.allclose(bound["L_T"], kl.flatten(1).mean(1) / math.log(2), rtol=1e-5)
+    assert (bound["L_T"] > 0.1 * bound["total"]).all()
+    assert torch.allclose(bound["total"], bound["L_T"] + bound["L_t"].sum(1) + bound["L_0"])
+
+
 def test_variational_bound_in_a_few_steps_is_near_the_whole():
     d = Diffusion("linear", 1000)
     x0 = (torch.randn(400, 1, 4, 4,
@@ -183,6 +194,17 @@ def test_samples_depend_on_seed_and_index_alone():
         assert not torch.equal(whole, d.sample(oracle, 7, (1, 4, 4), seed=4, **kwargs))
     a, b = ImageNoise(0, [1], (1000,))(), ImageNoise(1, [0], (1000,))()
     assert abs((a * b).mean().item()) < 0.15  # streams of neighbouring seeds are not shifted copies
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_sampling_takes_the_steps_of_step(eta):
+    d = Diffusion("cosine", 20)
+    oracle, noise = GaussianOracle(d, 0.2, 0.3), ImageNoise(3, range(2), (1, 4, 4))
+    x = noise().clone()
+    for t, t_prev in ((19, 10), (10, 0), (0, -1)):
+        z = noise() if eta and t_prev >= 0 else torch.zeros_like(x)
+        x = d.step(oracle, x, torch.tensor([t] * 2), torch.tensor([t_prev] * 2), z, eta)
+    assert torch.allclose(x, d.sample(oracle, 2, (1, 4, 4), steps=3, eta=eta, seed=3), atol=1e-5)
 
 
 def test_a_networks_samples_do_not_depend_on_the_batch_size():

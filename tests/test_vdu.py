@@ -205,6 +205,23 @@ def test_gamma_1_leaves_the_model_at_the_posterior_mean(toy):
     assert record["moved_rms_sigma"] == 0 and record["last"]["B"] == 0 and record["steps"] == 5
 
 
+def test_the_papers_objective_is_the_sum_of_its_terms(toy):
+    """Away from mu*, where B is not 0; at gamma = 1 it is d/P B alone."""
+    d, unet, posterior = toy
+    model = copy.deepcopy(unet)
+    with torch.no_grad():
+        for k, p in model.named_parameters():
+            p += 2 * posterior.std[k]
+    P = sum(p.numel() for p in model.parameters())
+    B = stability_loss(dict(model.named_parameters()), posterior).item()
+    assert B == pytest.approx(2 * P, rel=1e-2)  # (2 sigma)^2 / (2 sigma^2) each
+    for gamma in (0.0, 0.3, 1.0):
+        L, numbers = PaperObjective(d, posterior, toy_images(9, 1), gamma, 16, (0, 1))(model)
+        assert numbers["B"] == pytest.approx(B / P)
+        assert L.item() == pytest.approx(-(1 - gamma) * 16 * numbers["A"] + gamma * 16 * B / P,
+                                         rel=1e-4)
+
+
 def test_unlearning_raises_the_error_on_the_forgotten_class_more(toy):
     """One plain step along the posterior's gradient direction: A of D_f grows, and
     grows more than the other class's."""
