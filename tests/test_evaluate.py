@@ -6,7 +6,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from torchvision.models import inception_v3
+from torchvision.models import Inception_V3_Weights, inception_v3
 
 import evaluate
 from ddpm import UserError
@@ -111,6 +111,21 @@ def test_inception_features_are_the_2048_pooled_ones():
     features = inception_features(network.eval(), images, batch_size=2)
     assert features.shape == (3, 2048) and torch.equal(features, torch.cat(pooled))
     assert torch.allclose(features, inception_features(network, images), atol=1e-4)
+
+
+def test_inception_sees_images_normalised_as_it_was_trained():
+    """White is (1 - mean) / std of ImageNet, at 299 x 299; by torchvision's own figures."""
+    class Seen(torch.nn.Conv2d):
+        def forward(self, x):
+            self.x = x
+            return x.flatten(1)
+
+    network = Seen(3, 1, 1)
+    inception_features(network, torch.full((2, 3, 20, 20), 255, dtype=torch.uint8))
+    preset = Inception_V3_Weights.IMAGENET1K_V1.transforms()
+    for c in range(3):
+        white = (1 - preset.mean[c]) / preset.std[c]
+        assert torch.allclose(network.x[:, c], torch.full((2, 299, 299), white), atol=1e-4)
 
 
 def test_inception_without_a_network_says_where_to_get_it(monkeypatch):
