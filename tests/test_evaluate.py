@@ -114,7 +114,7 @@ def test_inception_features_are_the_2048_pooled_ones():
 
 
 def test_inception_sees_images_normalised_as_it_was_trained():
-    """White is (1 - mean) / std of ImageNet, at 299 x 299; by torchvision's own figures."""
+    """White is (1 - mean) / std of ImageNet, at 299 x 299, as torchvision says it."""
     class Seen(torch.nn.Conv2d):
         def forward(self, x):
             self.x = x
