@@ -207,7 +207,7 @@ def unlearn(unet, posterior, objective, lr, steps, adam=False, accumulate=1, see
     with tqdm(range(steps), desc="unlearning", unit="step", disable=not progress) as bar:
         for step in bar:
             if adam:  # whose steps do not shrink by themselves
-                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
             batches = []
             for _ in range(accumulate):
                 loss, numbers = objective(unet)
@@ -302,8 +302,10 @@ def guessed_posterior(named_parameters, share=0.02):
 #     regression has the same minimum: kept samples, a share 1-w, towards eps_theta*,
 #     and images of D_f, a share w, towards
 #         eps_target = eps_theta* + 1/(1-w) (eps_theta* - eps).
-#     With 1/(1-w) = 1 + odds cut off at 20 it has a floor, and cannot run away. kappa
-#     multiplies the odds w/(1-w): 1 is Bayes' rule, more forgets sooner and harms more.
+#     With 1/(1-w) = 1 + odds cut off at 20 it has a floor, and cannot run away. The
+#     odds w/(1-w) are taken times 1 + (kappa - 1) w: as they are where x_t could be
+#     anything, kappa times where it is surely of D_f. kappa = 1 is Bayes' rule; more
+#     gets there in fewer steps.
 #
 # (c) w is asked of theta* itself: a logistic regression in its own features tells D_f
 #     from its samples. No label and no retained image is needed.
@@ -397,7 +399,7 @@ class FunctionSpaceObjective(PaperObjective):
     lambda(t) = 1 / sqrt(a*(t)), a* the error of theta*: low t would rule otherwise.
     frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), images of theta*.
     kept_context: (M, L, E), their encoded prompts, where the network takes any.
-    likeness: w(x_t).  kappa: times the odds of Bayes' rule.  Others: PaperObjective's.
+    likeness: w(x_t).  kappa: see (b), 1 is Bayes' rule.  Others: PaperObjective's.
     """
 
     FURTHEST = 20.0  # times its old error that an image of D_f is pushed past, at most
@@ -452,7 +454,8 @@ class FunctionSpaceObjective(PaperObjective):
     def eps_target(self, xt, t, eps, eps_star):
         """Where an image of D_f is pulled: past eps_theta*, by 1/(1-w) of its error."""
         w = self.likeness(xt, t)
-        past = (1 + self.kappa * w / (1 - w)).clamp(max=self.FURTHEST)
+        odds = w / (1 - w) * (1 + (self.kappa - 1) * w)
+        past = (1 + odds).clamp(max=self.FURTHEST)
         return eps_star + past.to(xt.device).view(-1, 1, 1, 1) * (eps_star - eps)
 
 
@@ -503,8 +506,8 @@ DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
 CHECK_SAMPLES = 300
 PAPER = dict(gamma=0.63, lr=0.0083, steps=85, batch_size=256, t_range=[0.7, 1.0], anchors=600,
              kappa=None, until=0.99)
-FUNCTION_SPACE = dict(gamma=None, lr=0.25, steps=200, batch_size=64, t_range=[0.3, 1.0],
-                      anchors=2000, kappa=2.0, until=0.0)
+FUNCTION_SPACE = dict(gamma=None, lr=0.3, steps=250, batch_size=64, t_range=[0.3, 1.0],
+                      anchors=2000, kappa=5.0, until=0.0)
 
 
 def main(args):
