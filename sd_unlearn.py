@@ -831,8 +831,7 @@ def parser():
                    help="batches per step: N times the images for the memory of one batch")
     c.add_argument("--gradient-checkpointing", action="store_true",
                    help="less memory, a third more time")
-    g = add_unlearning_flags(c, {k: f"(default: {PAPER[k]}; with --function-space "
-                                    f"{FUNCTION_SPACE[k]})" for k in PAPER})
+    g = add_unlearning_flags(c, PAPER, FUNCTION_SPACE)
     g.add_argument("--neutral-prompts", metavar="FILE",
                    help="prompts of what must stay, one per line (default: a dozen general ones)")
     g.add_argument("--keep", nargs="+", default=[], metavar="TEXT",

@@ -724,8 +724,14 @@ def verdict(check, args):
             f"smaller --gamma than {args.gamma:g}, in steps of 0.02")
 
 
-def add_unlearning_flags(p, defaults):
-    """The flags that vdu.py and sd_unlearn.py share; defaults: {flag: last words}."""
+def add_unlearning_flags(p, paper, function_space):
+    """The flags that vdu.py and sd_unlearn.py share; then their two dicts of defaults."""
+    defaults = {}
+    for name, value in paper.items():
+        sides = [] if value is None else [f"{value}"]
+        if function_space[name] not in (None, value):
+            sides.append(f"{function_space[name]} with --function-space")
+        defaults[name] = f"(default: {', '.join(sides)})"
     p.add_argument("--gamma", type=number(float, 0, 1),
                    help="0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller "
                         f"forgets more {defaults['gamma']}")
@@ -784,8 +790,7 @@ def parser():
     p.add_argument("--assume", nargs="+", type=key_value, default=[], metavar="KEY=VALUE",
                    help="for published weights in diffusers' layout: entries of its config.json, "
                         "such as sample_size=64 attention_head_dim=8, where it is not beside them")
-    add_unlearning_flags(p, {k: f"(default: {PAPER[k]}; with --function-space "
-                                f"{FUNCTION_SPACE[k]})" for k in PAPER})
+    add_unlearning_flags(p, PAPER, FUNCTION_SPACE)
     add_shared_flags(p)
     return p
 
