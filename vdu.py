@@ -725,7 +725,7 @@ def verdict(check, args):
 
 
 def add_unlearning_flags(p, paper, function_space):
-    """The flags that vdu.py and sd_unlearn.py share; then their two dicts of defaults."""
+    """The flags that vdu.py and sd_unlearn.py share; with their dicts of defaults."""
     defaults = {}
     for name, value in paper.items():
         sides = [] if value is None else [f"{value}"]
