@@ -168,7 +168,7 @@ def build_objective(args, model, posterior, images, keep):
         return sample_latents(model, TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.size,
                               20, 5.0, seed=args.seed, batch_size=args.batch_size).to(device)
 
-    check = ForgottenCheck(sample, likeness, until=args.until)
+    check = ForgottenCheck(sample, likeness, args.steps, args.until)
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
     if not args.function_space:
         return PaperObjective(*common), check

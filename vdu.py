@@ -473,12 +473,14 @@ class ForgottenCheck:
     """Every so many steps: what share of new samples looks like D_f? For `unlearn`.
 
     sample: a function without arguments, samples (N, C, H, W) of the network as it is,
-    with the same noise each time.  until: done once the share has fallen by this much
-    of itself; 0 is never. `history` is a list of (step, share).
+    with the same noise each time.  steps: the last of which is always looked at, the
+    others every 50; half-way where nothing stops.  until: done once the share has
+    fallen by this much of itself; 0 is never. `history` is a list of (step, share).
     """
 
-    def __init__(self, sample, likeness, every=50, until=0.99):
-        self.sample, self.likeness, self.every, self.until = sample, likeness, every, until
+    def __init__(self, sample, likeness, steps, until=0.99):
+        self.sample, self.likeness, self.steps, self.until = sample, likeness, steps, until
+        self.every = 50 if until else -(-steps // 2)
         self.history = [(0, self.share())]
 
     def share(self):
@@ -486,7 +488,7 @@ class ForgottenCheck:
         return (self.likeness.of_images(self.sample()) > 0).float().mean().item()
 
     def __call__(self, step):
-        if step % self.every:
+        if step % self.every and step != self.steps:
             return False
         self.history.append((step, self.share()))
         fallen = self.history[-1][1] <= (1 - self.until) * self.history[0][1]
@@ -682,7 +684,7 @@ def build_objective(args, checkpoint, posterior, forget, rho):
         x = diffusion.sample(unet, n, shape, 25, eta=1.0, seed=args.seed + 2)
         return x.to(forget.device)
 
-    check = ForgottenCheck(sample, likeness, until=args.until)
+    check = ForgottenCheck(sample, likeness, args.steps, args.until)
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
     if not args.function_space:
         return PaperObjective(*common), check
