@@ -42,6 +42,14 @@ def test_alpha_bar_is_the_variance_of_composed_steps(schedule):
         assert d.sqrt_one_minus_alpha_bar[t].item() ** 2 == pytest.approx(noise, rel=1e-4)
 
 
+def test_cosine_schedule_is_nichols_and_dhariwals():
+    """Equation 17: abar_t = f(t) / f(0), f(t) = cos^2((t/T + 0.008) / 1.008 pi/2)."""
+    d, T = Diffusion("cosine", 1000), 1000
+    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 1, 500, 900)]
+    assert d.alpha_bar[[0, 499, 899]].tolist() == pytest.approx([x / f[0] for x in f[1:]], rel=1e-4)
+    assert d.beta.max().item() == pytest.approx(0.999)
+
+
 def test_linear_schedule_is_ddpms():
     d = Diffusion("linear", 1000)
     assert d.beta[0].item() == pytest.approx(1e-4) and d.beta[-1].item() == pytest.approx(0.02)

@@ -63,6 +63,27 @@ def test_frechet_distance_survives_a_singular_covariance():
     assert frechet_distance(x, y) == pytest.approx(9, rel=1e-4)
 
 
+def test_frechet_distance_of_fewer_points_than_dimensions():
+    """Against tr (C_a^1/2 C_b C_a^1/2)^1/2 = the nuclear norm of X_a X_b^T, of centred
+    points: most eigenvalues are 0, and by rounding below it."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (10, 12))
+    x, y = ((p - p.mean(0)) / math.sqrt(len(p) - 1) for p in (a, b))
+    expected = ((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum()
+                - 2 * torch.linalg.svdvals(x @ y.T).sum())
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_precision_and_recall_are_not_one_another():
+    """Samples in the middle of the real ones: all are good, and few of those are had."""
+    generator = torch.Generator().manual_seed(0)
+    real, samples = torch.randn(200, 2, generator=generator), torch.zeros(200, 2)
+    samples += 0.05 * torch.randn(200, 2, generator=generator)
+    evidence = Evidence(samples, torch.ones(200, 2), real, real, [0])
+    precision, recall = (METRICS[name][2](evidence) for name in ("precision", "recall"))
+    assert precision == 1 and recall < 0.1
+
+
 def test_pul():
     assert percentage_of_unlearning(200, 0) == 100
     assert percentage_of_unlearning(200, 50) == 75
