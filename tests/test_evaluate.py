@@ -1,5 +1,6 @@
 """The metrics: Frechet distance against its closed form, PUL, intervals."""
 
+import json
 import math
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -299,3 +300,38 @@ def test_relearning_sees_the_forgotten_class_alone(monkeypatch):
                                  evaluate.Sampling(100, 7, 0.5, 3))
     assert len(seen) == 4 and all((x == 1).all() for x in seen)  # 255 is 1: class a
     assert result["unlearned"] == [0.1] * 3 and result["images"] == 30
+
+
+def test_a_dataset_of_one_class_is_refused(monkeypatch):
+    checkpoint = stub("one.pt", torch.zeros(2, 2), [])
+    checkpoint.data["classes"] = ["a"]
+    monkeypatch.setattr(evaluate, "load_data_of", lambda *args: (torch.zeros(9, 1, 1, 2), None))
+    with pytest.raises(UserError, match="one.pt knows one class"):
+        evaluate.Judge(checkpoint, "cpu")
+
+
+def test_an_interrupted_relearning_loses_no_report(monkeypatch, tmp_path):
+    report, *_ = stub_report()
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    model = SimpleNamespace(path="m.pt")
+    for name, result in (("load_checkpoint", model), ("load_parent", model),
+                         ("names_to_count", ["a"]), ("relearning_models", {"unlearned": model}),
+                         ("compare", (report, {"before": images, "after": images}))):
+        monkeypatch.setattr(evaluate, name, lambda *args, result=result: result)
+    monkeypatch.setattr(evaluate, "relearning", interrupted)
+    args = SimpleNamespace(before=None, forget_class=None, relearn=10, never_saw=None, bits=0,
+                           save_samples=None, relearn_images=1, relearn_lr=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate("m.pt", tmp_path / "m", args, {"m.pt": None}, None, "cpu")
+    assert json.loads((tmp_path / "m/report.json").read_text())["PUL"] == 80
+    assert (tmp_path / "m/after.png").stat().st_size > 0
+
+
+def test_json_has_no_nan(tmp_path):
+    evaluate.write_json(tmp_path / "x.json", {"a": math.nan, "b": [1.5, math.inf]})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
+        "a": None, "b": [1.5, None]}

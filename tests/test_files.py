@@ -3,8 +3,10 @@ and where results may go."""
 
 import datetime
 import json
+import os
 import pathlib
 import pickle
+import signal
 import struct
 import unicodedata
 import zipfile
@@ -203,6 +205,15 @@ def test_outputs_are_checked_before_any_work(tmp_path):
     for name in ("x.safetensors", "x.png", "x.JSON"):
         with pytest.raises(UserError, match="ends in .pt"):
             ddpm.check_checkpoint_name(name)
+
+
+def test_the_first_ctrl_c_waits_and_the_second_does_not():
+    with ddpm.StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 # --- images ---------------------------------------------------------------------------
