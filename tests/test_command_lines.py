@@ -609,7 +609,7 @@ def test_the_base_network_is_ddpms():
 
 def test_help_teaches():
     for script in ("train_ddpm.py", "vdu.py", "evaluate.py"):
-        r = process(script, "--help", cwd=ROOT)
+        r = command(script, "--help", cwd=ROOT)
         assert r.returncode == 0
         assert f"python {script}" in r.stdout
         assert "arXiv 2510.04058" in r.stdout
