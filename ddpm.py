@@ -363,14 +363,18 @@ def checkpoint_of(raw, path, device):
     unet.load_state_dict(weights)
     if posterior:
         mean, std = ({k: v.float() for k, v in posterior[m].items()} for m in ("mean", "std"))
-        shapes = [{k: v.shape for k, v in d} for d in (mean.items(), unet.named_parameters())]
-        if shapes[0] != shapes[1] or any((mean[k] + std[k]).shape != mean[k].shape for k in mean):
+        both = {k: mean[k] + std[k] for k in mean}  # std may be one number for a tensor
+        shapes = {k: p.shape for k, p in unet.named_parameters()}
+        if any({k: v.shape for k, v in d.items()} != shapes for d in (mean, both)):
             raise ValueError("the posterior is of another network")
-        check_finite(path, {f"posterior's {k}": mean[k] + std[k] for k in mean})
+        check_finite(path, {f"posterior's {k}": v for k, v in both.items()})
         posterior = {"mean": mean, "std": std, "n": int(posterior["n"])}
     forgotten = raw.get("forgotten")
-    [data[key] for key in ("name", "source", "root", "classes", "excluded", "images")]
-    [forgotten[key] for key in ("classes", "images_from", "checkpoint", "settings") if forgotten]
+    lacking = {"name", "source", "root", "classes", "excluded", "images"} - set(data)
+    if forgotten:
+        lacking |= {"classes", "images_from", "checkpoint", "settings"} - set(forgotten)
+    if lacking:
+        raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     return Checkpoint(unet.eval(), diffusion, posterior, config, data, int(raw["step"]), forgotten,
                       path, raw)
 

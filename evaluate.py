@@ -625,22 +625,21 @@ def assumed(after):
     return dict(settings.get("assume", []))
 
 
-def load_parent(after, device):
-    """What it was unlearned from: where vdu.py read it, or beside it if moved.
-
-    Raises UserError for another model of that name.
-    """
+def parent_of(after):
+    """What it was unlearned from: where vdu.py read it, or beside it if moved."""
     if not after.forgotten:
         raise UserError(f"{after.path} was not made by vdu.py; name the model to compare it with: "
                         "--before FILE")
     written = after.forgotten["checkpoint"]
     beside = Path(after.path).parent / Path(written).name
-    path = written if os.path.exists(written) or not beside.exists() else str(beside)
-    parent = load_checkpoint(path, device, assumed(after))
-    if after.forgotten.get("parent") not in (None, digest(parent.unet.state_dict().values())):
-        raise UserError(f"{path} is not the model that {after.path} was unlearned from, but "
+    return written if os.path.exists(written) or not beside.exists() else str(beside)
+
+
+def check_parent(before, after):
+    """Raise UserError if `before` is another model of the name of the one it was."""
+    if after.forgotten.get("parent") not in (None, digest(before.unet.state_dict().values())):
+        raise UserError(f"{before.path} is not the model that {after.path} was unlearned from, but "
                         "another of its name: say where that one is with --before FILE")
-    return parent
 
 
 def names_to_count(before, after, classes):
@@ -713,13 +712,16 @@ def main(args):
 def evaluate(path, folder, args, judges, sampling, device):
     """The report on one checkpoint: written once it exists, again with relearning."""
     after = load_checkpoint(path, device)
-    before = (load_checkpoint(args.before, device, assumed(after)) if args.before else
-              load_parent(after, device))
+    before_path = args.before or parent_of(after)
+    before = judges[before_path].checkpoint if before_path in judges else (
+        load_checkpoint(before_path, device, assumed(after)))
+    if not args.before:
+        check_parent(before, after)
     names = names_to_count(before, after, args.forget_class)
     models = args.relearn and relearning_models(before, after, names, args.never_saw, device)
-    if before.path not in judges:
-        judges[before.path] = Judge(before, device, args.data_root, args.features)
-    judge = judges[before.path]
+    if before_path not in judges:
+        judges[before_path] = Judge(before, device, args.data_root, args.features)
+    judge = judges[before_path]
     report, samples = compare(judge, after, names, sampling, args.bits)
     write_json(folder / "report.json", report)
     for when, images in samples.items():

@@ -48,8 +48,8 @@ from evaluate import (frechet_distance, inception_features, load_inception, writ
 from train_ddpm import load_images, to_float, to_uint8
 from unet import UNet, normalization, split_heads
 from vdu import (ForgottenCheck, FunctionSpaceObjective, GaussianPosterior, Likeness,
-                 PaperObjective, add_unlearning_flags, frozen_copy, guessed_posterior,
-                 method_of, summary, unlearn, verdict)
+                 PaperObjective, add_unlearning_flags, check_parameters, frozen_copy,
+                 guessed_posterior, method_of, summary, unlearn, verdict)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -207,7 +207,9 @@ def posterior_of(unet, names, paths, ema, share):
 
     def read(path):
         tensors = below(read_tensors(path, ema)[0], "unet")
-        return {k: tensors[k].to(moving[k]) for k in names if k in tensors}
+        tensors = {k: tensors[k] for k in names if k in tensors}
+        check_parameters(path, tensors, "--checkpoint", moving)
+        return {k: v.to(moving[k]) for k, v in tensors.items()}
 
     return GaussianPosterior.from_checkpoints(paths, read)
 

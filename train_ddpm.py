@@ -622,8 +622,10 @@ def read_images(paths, image_shape):
             images[i] = image
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C waits for no further file
+    if channels == 3:
+        return images
     grey = all(torch.equal(c[:, :1].expand_as(c), c) for c in images.split(1000))
-    if channels == 3 or (channels is None and not grey):
+    if channels is None and not grey:
         return images
     return images[:, :1].clone() if grey else transforms.rgb_to_grayscale(images)
 

@@ -119,7 +119,7 @@ class GaussianPosterior:
         Raises UserError for fewer than two, for equal ones, or another network.
         """
         running, digests = None, set()
-        for path in paths:
+        for path in tqdm(paths, desc="posterior", unit="checkpoint"):
             theta = read(path)
             running = running or RunningPosterior(theta.items())
             check_parameters(path, theta, paths[0], running.mean)

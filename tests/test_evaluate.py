@@ -318,7 +318,7 @@ def test_an_interrupted_relearning_loses_no_report(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     model = SimpleNamespace(path="m.pt")
-    for name, result in (("load_checkpoint", model), ("load_parent", model),
+    for name, result in (("load_checkpoint", model), ("parent_of", "m.pt"), ("check_parent", None),
                          ("names_to_count", ["a"]), ("relearning_models", {"unlearned": model}),
                          ("compare", (report, {"before": images, "after": images}))):
         monkeypatch.setattr(evaluate, name, lambda *args, result=result: result)
@@ -326,7 +326,8 @@ def test_an_interrupted_relearning_loses_no_report(monkeypatch, tmp_path):
     args = SimpleNamespace(before=None, forget_class=None, relearn=10, never_saw=None, bits=0,
                            save_samples=None, relearn_images=1, relearn_lr=1.0)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate("m.pt", tmp_path / "m", args, {"m.pt": None}, None, "cpu")
+        judges = {"m.pt": SimpleNamespace(checkpoint=model)}
+        evaluate.evaluate("m.pt", tmp_path / "m", args, judges, None, "cpu")
     assert json.loads((tmp_path / "m/report.json").read_text())["PUL"] == 80
     assert (tmp_path / "m/after.png").stat().st_size > 0
 
