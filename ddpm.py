@@ -218,7 +218,8 @@ class Diffusion(nn.Module):
         steps=S: through S evenly spaced steps, all T for None; with eta = 1 that is
         DDPM's ancestral sampling.  Image i gets its noise from (seed, i) alone, so
         neither batch_size nor n changes it.  batch_size: None takes 500 on a GPU, 125
-        on a CPU, whose caches hold no more.  Raises UserError if S is not in 1 .. T.
+        on a CPU, whose caches hold no more.  Raises UserError if S is not in 1 .. T, or
+        if an image is not finite.
         """
         if steps is not None and not 1 <= steps <= self.T:
             raise UserError(f"sampling steps must be from 1 to {self.T}, not {steps}")
@@ -241,6 +242,10 @@ class Diffusion(nn.Module):
                     x = self.step(unet, x, tt, torch.full_like(tt, t_prev), z, eta, clip)
                     bar.update(B)
                 out[start : start + B] = x.cpu()
+        if not torch.isfinite(out).all():  # which nothing that counts samples would notice
+            raise UserError("the network draws images that are not finite: it is broken, or too "
+                            "large for half precision; if it was to unlearn, nothing was written: "
+                            "try a larger --gamma or a smaller --lr")
         return out
 
 

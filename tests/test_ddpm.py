@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 import ddpm
 from ddpm import (SCHEDULES, Diffusion, ImageNoise, UserError, grey_level_log_likelihood,
@@ -231,6 +232,14 @@ def test_sampling_refuses_impossible_step_counts():
         Diffusion("linear", 20).sample(None, 1, (1, 4, 4), steps=21)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_network_that_draws_nan_is_refused(clip):
+    """Whose samples are like no class at all, and would count as forgotten."""
+    with pytest.raises(UserError, match="not finite: it is broken"):
+        Diffusion("linear", 20).sample(lambda x, t: x + float("nan"), 2, (1, 4, 4), steps=3,
+                                       clip=clip)
+
+
 @pytest.mark.parametrize("size", [(28, 28), (32, 32), (7, 7), (13, 18), (1, 5)])
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_unet_takes_any_size(size, patch_size):
@@ -246,6 +255,22 @@ def test_unet_starts_at_zero_and_the_velocity_form_at_its_closed_form():
     d = Diffusion("cosine", 1000)
     eps = UNet(model_channels=16, alpha_bar=d.alpha_bar)(x, t)
     assert torch.allclose(eps, d.sqrt_one_minus_alpha_bar[t].view(-1, 1, 1, 1) * x, atol=1e-5)
+
+
+def test_gradient_checkpointing_computes_again_and_gives_the_same_gradients():
+    torch.manual_seed(0)
+    unet, calls, gradients = UNet(model_channels=16), [], []
+    nn.init.normal_(unet.out[2].weight, std=0.1)
+    unet.middle_block.register_forward_hook(lambda *args: calls.append(args))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    for again in (False, True):
+        unet.gradient_checkpointing = again
+        calls.clear()
+        unet(x, t).square().mean().backward()
+        gradients.append(unet.input_blocks[0][0].weight.grad.clone())
+        unet.zero_grad()
+        assert len(calls) == 1 + again
+    assert gradients[0].abs().max() > 0 and torch.allclose(*gradients, rtol=1e-4)
 
 
 def test_unets_names_are_stable_diffusions():

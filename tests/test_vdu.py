@@ -353,13 +353,6 @@ def test_check_stops_the_loop_and_tells(toy):
     assert check.history == [(0, 0.5), (3, 0.4), (5, 0.3)]  # the last step, always
 
 
-def test_a_broken_network_has_not_forgotten(toy):
-    """Whose samples are nan, of which no comparison says that they look like D_f."""
-    d, unet, posterior = toy
-    with pytest.raises(UserError, match="not finite, it is broken; nothing was written"):
-        ForgottenCheck(lambda: torch.full((3, 1, 4, 4), float("nan")), None, 10)
-
-
 def test_a_step_is_the_chain_rule_and_its_minimum_the_closed_form():
     """A quadratic toy whose A = a . theta: SGD in z ends at theta_i - mu*_i =
     ((1-gamma)/gamma) (P/d) sigma*_i^2 dA/dtheta_i, and its first step is lr sigma*^2
