@@ -96,9 +96,10 @@ class StableDiffusion:
 # --------------------------------------------------------------------------------------
 # Unlearning
 
-PAPER = dict(gamma=0.0002, lr=0.03, steps=200, batch_size=4, t_range=[0.2, 0.7], anchors=48,
-             kappa=None, until=0.99)
-FUNCTION_SPACE = {**PAPER, "lr": 0.25, "t_range": [0.2, 1.0], "steps": 300, "kappa": 3.0}
+PAPER = dict(gamma=0.0002, lr=0.03, steps=200, batch_size=4, accumulate=1, t_range=[0.2, 0.7],
+             anchors=48, kappa=None, until=0.99, parameters="cross-attention")
+FUNCTION_SPACE = {**PAPER, "lr": 0.25, "steps": 300, "accumulate": 4, "t_range": [0.2, 1.0],
+                  "kappa": 3.0, "parameters": "all"}
 CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
@@ -827,10 +828,13 @@ def parser():
                    help="a folder of images of it; what is transparent in them becomes white")
     c.add_argument("--output", required=True, metavar="FILE",
                    help="the unlearned checkpoint, in the same layout")
-    c.add_argument("--parameters", choices=["cross-attention", "all"], default="cross-attention",
-                   help="what may move: the U-Net's attention to the prompt, 5%% of it, or all")
-    c.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
-                   help="batches per step: N times the images for the memory of one batch")
+    c.add_argument("--parameters", choices=["cross-attention", "all"],
+                   help="what may move: the U-Net's attention to the prompt, 5%% of it, or all, "
+                        "which takes 20 GB for the published model (default: cross-attention; all "
+                        "with --function-space)")
+    c.add_argument("--accumulate", type=number(int, 1), metavar="N",
+                   help="batches per step: N times the images for the memory of one batch "
+                        "(default: 1; 4 with --function-space)")
     c.add_argument("--gradient-checkpointing", action="store_true",
                    help="less memory, a third more time")
     g = add_unlearning_flags(c, PAPER, FUNCTION_SPACE)

@@ -70,10 +70,10 @@ def folder(tmp_path_factory):
     r = process("train_ddpm.py", "--dataset", "mnist", "--steps", 40, "--batch-size", 32, cwd=cwd)
     assert r.returncode == 0, r.stderr
     assert "5,000" in r.stdout and r.stdout.count("no network") == 1
-    r = process("vdu.py", "--forget-class", 1, "--steps", 3, "--batch-size", 8, "--anchors", 20,
+    r = command("vdu.py", "--forget-class", 1, "--steps", 3, "--batch-size", 8, "--anchors", 20,
                 cwd=cwd)
     assert r.returncode == 0, r.stderr
-    r = process("evaluate.py", "--samples", 20, "--sampling-steps", 3, "--save-samples", "s.pt",
+    r = command("evaluate.py", "--samples", 20, "--sampling-steps", 3, "--save-samples", "s.pt",
                 cwd=cwd)
     assert r.returncode == 0, r.stderr
     assert "PUL" in r.stdout
@@ -495,15 +495,15 @@ def test_a_model_that_others_trained(colours):
     published = torch.load(ROOT / "tests/data/ddpm_reference.pt", weights_only=True)["original"]
     torch.save(published["state_dict"], colours / "model-790000.ckpt")
     torch.save({k: v + 1e-3 for k, v in published["state_dict"].items()}, colours / "later.ckpt")
-    for i, option in enumerate((["--function-space"], ["--share", 0.3, "--function-space"],
+    for i, option in enumerate((["--share", 0.3, "--function-space"],
                                 ["--posterior", "model-790000.ckpt", "later.ckpt"])):
         r = command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-images", "reds",
                     "--forget-samples", 6, "--steps", 1, "--batch-size", 2,
                     "--anchors", 10, *option, "--output", f"model-{i}.pt", cwd=colours)
         assert r.returncode == 0, r.stderr
-        assert ("guessed" in r.stdout) == (i < 2)
-        assert ddpm.load_checkpoint(colours / f"model-{i}.pt").forgotten["images"] == 6
-    assert ddpm.load_checkpoint(colours / "model-1.pt").forgotten["rho"] == 0.3
+        assert ("guessed" in r.stdout) == (i == 0)
+        forgotten = ddpm.load_checkpoint(colours / f"model-{i}.pt").forgotten
+        assert forgotten["images"] == 6 and forgotten["rho"] == (0.3, 0.1)[i]
     refused(command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-class", "horse",
                     cwd=colours), "CIFAR-10 cannot be downloaded", "--data-root")
     refused(command("evaluate.py", "--after", "model-0.pt", "--forget-class", "horse", cwd=colours),

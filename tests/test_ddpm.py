@@ -261,7 +261,7 @@ def test_gradient_checkpointing_computes_again_and_gives_the_same_gradients():
     torch.manual_seed(0)
     unet, calls, gradients = UNet(model_channels=16), [], []
     nn.init.normal_(unet.out[2].weight, std=0.1)
-    unet.middle_block.register_forward_hook(lambda *args: calls.append(args))
+    unet.middle_block.register_forward_pre_hook(lambda *args: calls.append(args))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     for again in (False, True):
         unet.gradient_checkpointing = again
