@@ -606,7 +606,8 @@ def choose_posterior(args, checkpoint, device):
         posterior = GaussianPosterior(**checkpoint.posterior)
     elif "train" in checkpoint.raw:
         raise UserError(f"{args.checkpoint} holds no posterior yet: its training was interrupted; "
-                        "finish it with python train_ddpm.py --resume")
+                        "finish it with python train_ddpm.py --resume --output "
+                        f"{shlex.quote(args.checkpoint)}")
     else:
         posterior = guessed_posterior(parameters.items(), args.sigma)
     if args.isotropic:

@@ -178,6 +178,20 @@ def test_interrupted_unlearning_is_saved(folder):
     assert ddpm.load_checkpoint(folder / "stopped-early.pt").forgotten["steps"] >= 1
 
 
+def test_ctrl_c_while_saving_leaves_the_whole_file(folder, monkeypatch):
+    save = torch.save
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    r = command("vdu.py", "--forget-class", 5, "--steps", 1, "--batch-size", 4, "--anchors", 10,
+                "--output", "saved.pt", cwd=folder)
+    assert r.returncode == 130, r.stderr
+    assert ddpm.load_checkpoint(folder / "saved.pt").forgotten["classes"] == ["5"]
+
+
 def test_interrupted_training_resumes_to_the_same_result(folder):
     args = ["--dataset", "mnist", "--steps", 40, "--batch-size", 32, "--output", "stopped.pt"]
     process = subprocess.Popen([sys.executable, "-u", str(ROOT / "train_ddpm.py"), *map(str, args)],
@@ -283,7 +297,7 @@ def test_other_networks_and_other_datasets(folder):
     refused(command("vdu.py", "--forget-class", 2, "--posterior", "narrow.pt", cwd=folder), "two")
     torch.save({**narrow, "train": {}}, folder / "unfinished.pt")
     refused(command("vdu.py", "--forget-class", 2, "--checkpoint", "unfinished.pt", cwd=folder),
-            "--resume")
+            "train_ddpm.py --resume --output unfinished.pt")
     refused(command("vdu.py", "--forget-class", 2, "--checkpoint", "checkpoints/mnist-forget-1.pt",
                     cwd=folder), "already forgotten")
 
