@@ -51,8 +51,12 @@ class Beside:
 def beside(request, tmp_path_factory):
     """{name: (folder, future)} of the programs that the tests about to run will ask
     for."""
+    tiny = ROOT / "tests" / "sd_tiny.py"
     programs = {
-        "tiny": [(ROOT / "tests" / "sd_tiny.py", ".")],
+        "tiny": [(tiny, "."), *(
+            (tiny, "unlearn", "--checkpoint", "tiny.ckpt", "--merges", "merges.txt", "--size", 16,
+             "--device", "cpu", "--concept", shape, "--images", f"{shape}s", "--output",
+             f"no-{shape}.ckpt", "--function-space") for shape in ("circle", "square"))],
         "shipped": [
             (ROOT / "vdu.py", "--forget-class", 1, "--function-space", "--anchors", 300, "--steps",
              60, "--kappa", 4),

@@ -3,7 +3,8 @@ squares, with prompts, in under a minute.
 
 Holds    the drawings, a recogniser for them, the training, and a writer of checkpoint
          files as published ones are.
-Run as   a program by conftest.py: python sd_tiny.py FOLDER.
+Run as   a program by conftest.py: python sd_tiny.py FOLDER trains, python sd_tiny.py
+         COMMAND ... is sd_unlearn.py for networks of these sizes.
 Writes   a checkpoint in Stable Diffusion v1's layout, merges, circles/ and squares/:
          into the folder it is given.
 """
@@ -19,7 +20,8 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 
-from ddpm import Diffusion
+import sd_unlearn
+from ddpm import Diffusion, run_command_line
 from sd_unlearn import LATENT_SCALE, PREFIX, TEMPLATES, Autoencoder, TextEncoder, Tokenizer
 from unet import UNet
 
@@ -175,4 +177,8 @@ def write_published(path, state_dict):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        train(Path(sys.argv[1]))
+    else:
+        sd_unlearn.SIZES = SIZES
+        run_command_line(sd_unlearn.main)
