@@ -48,8 +48,8 @@ from evaluate import (frechet_distance, inception_features, load_inception, writ
 from train_ddpm import load_images, to_float, to_uint8
 from unet import UNet, normalization, split_heads
 from vdu import (ForgottenCheck, FunctionSpaceObjective, GaussianPosterior, Likeness,
-                 PaperObjective, add_unlearning_flags, check_parameters, frozen_copy,
-                 guessed_posterior, method_of, summary, unlearn, verdict)
+                 PaperObjective, add_unlearning_flags, check_parameters, default_texts,
+                 frozen_copy, guessed_posterior, method_of, summary, unlearn, verdict)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -818,6 +818,7 @@ def parser():
                    help="where the images go, as one grid")
     add_sampling_flags(c)
 
+    defaults = default_texts(PAPER, FUNCTION_SPACE)
     c = add_command(commands, "unlearn", run_unlearn,
                     "make the model forget a feature, from a few images of it")
     c.add_argument("--checkpoint", required=True, metavar="FILE",
@@ -830,11 +831,10 @@ def parser():
                    help="the unlearned checkpoint, in the same layout")
     c.add_argument("--parameters", choices=["cross-attention", "all"],
                    help="what may move: the U-Net's attention to the prompt, 5%% of it, or all, "
-                        "which takes 20 GB for the published model (default: cross-attention; all "
-                        "with --function-space)")
+                        f"which takes 20 GB for the published model {defaults['parameters']}")
     c.add_argument("--accumulate", type=number(int, 1), metavar="N",
                    help="batches per step: N times the images for the memory of one batch "
-                        "(default: 1; 4 with --function-space)")
+                        f"{defaults['accumulate']}")
     c.add_argument("--gradient-checkpointing", action="store_true",
                    help="less memory, a third more time")
     g = add_unlearning_flags(c, PAPER, FUNCTION_SPACE)

@@ -727,14 +727,20 @@ def verdict(check, args):
             f"smaller --gamma than {args.gamma:g}, in steps of 0.02")
 
 
-def add_unlearning_flags(p, paper, function_space):
-    """The flags that vdu.py and sd_unlearn.py share; with their dicts of defaults."""
-    defaults = {}
+def default_texts(paper, function_space):
+    """{name: "(default: ...)"} for --help, from the two dicts of defaults."""
+    texts = {}
     for name, value in paper.items():
         sides = [] if value is None else [f"{value}"]
         if function_space[name] not in (None, value):
             sides.append(f"{function_space[name]} with --function-space")
-        defaults[name] = f"(default: {', '.join(sides)})"
+        texts[name] = f"(default: {', '.join(sides)})"
+    return texts
+
+
+def add_unlearning_flags(p, paper, function_space):
+    """The flags that vdu.py and sd_unlearn.py share; with their dicts of defaults."""
+    defaults = default_texts(paper, function_space)
     p.add_argument("--gamma", type=number(float, 0, 1),
                    help="0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller "
                         f"forgets more {defaults['gamma']}")
