@@ -146,7 +146,8 @@ def run_unlearn(args):
                   "like_D_f": check.history}
         weights = {k: unet.get_parameter(k) for k in names}
         save(args.output, args.checkpoint, weights, args.ema, record)
-    print(f"{summary(record, stop.requested, time.time() - began, device)}\n{verdict(check, args)}")
+    print(summary(record, stop.requested, time.time() - began, device))
+    print(verdict(check, record, args))
     files = [shlex.quote(file) for file in (args.checkpoint, args.output, args.merges)]
     print("wrote {1}; see what came of it: python sd_unlearn.py compare --before {0} --after {1} "
           "--merges {2} --prompts A_PROMPT_PER_LINE.txt".format(*files))

@@ -534,7 +534,7 @@ def main(args):
         record = {**record, "rho": rho, "like_D_f": check.history, "parent": parent}
         save_unlearned(output, args, checkpoint, posterior, indices, len(forget), record)
     print(summary(record, stop.requested, time.time() - began, device))
-    print(verdict(check, args))
+    print(verdict(check, record, args))
     root = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
     classes = "" if indices else " --forget-class CLASS (if the images are of one)"
     print(f"wrote {output}; see what came of it: python evaluate.py --after "
@@ -712,8 +712,13 @@ def summary(record, interrupted, seconds, device):
             f"{record['moved_rms_sigma']:.4f} sigma (rms over parameters)")
 
 
-def verdict(check, args):
+def verdict(check, record, args):
     """Whether D_f is gone, as the network itself judges, and what to try if not."""
+    A = record["last"]["A"]
+    if A > 1:  # nothing that a broken network draws looks like D_f
+        hold = "smaller --kappa" if args.function_space else f"larger --gamma than {args.gamma:g}"
+        return (f"A ended at {A:.3g}, and a network that always says 0 has 1: this one is broken, "
+                f"and has lost more than D_f; try a {hold}, or a smaller --lr than {args.lr:g}")
     (_, first), (step, last) = check.history[0], check.history[-1]
     text = (f"samples that look like D_f to the pre-trained network: {100 * first:.1f}% before, "
             f"{100 * last:.1f}% after {step} steps")

@@ -151,6 +151,21 @@ def test_options_of_unlearning(folder):
                 *words)
 
 
+def test_a_broken_network_is_not_called_forgetting(folder):
+    """It draws noise, in which nothing looks like D_f: the last line must not praise that."""
+    raw = torch.load(folder / "checkpoints/mnist.pt", weights_only=True)
+    for weights in (raw["weights"], raw["posterior"]["mean"]):
+        weights["out.2.bias"] += 1000
+    torch.save(raw, folder / "loud.pt")
+    few = ["--forget-class", 1, "--gamma", 1, "--steps", 1, "--batch-size", 4, "--anchors", 20]
+    for name, broken in (("loud", True), ("checkpoints/mnist", False)):
+        r = command("vdu.py", "--checkpoint", f"{name}.pt", *few, "--output", f"{name}-1.pt",
+                    cwd=folder)
+        assert r.returncode == 0, r.stderr
+        assert ("this one is broken" in r.stdout) == broken
+        assert ("samples that look like D_f" in r.stdout) != broken
+
+
 def test_the_seed_is_heard(folder):
     """With one image there is no order that could differ: t and eps must."""
     (folder / "one").mkdir()
