@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ddpm
-from train_ddpm import Training, learning_rate, posterior_start
+from train_ddpm import (RunningPosterior, Training, learning_rate, posterior_start, rng_state,
+                        set_rng_state)
 
 CONFIG = {"unet": dict(model_channels=8, channel_mult=[1], num_heads=1), "schedule": "linear",
           "timesteps": 50, "velocity": False, "image_shape": [1, 8, 8]}
@@ -65,3 +66,30 @@ def test_a_training_step_bounds_the_gradient_and_moves_nothing_for_nan():
     assert math.isnan(ddpm.training_step(unet, diffusion, optimizer,
                                          torch.full((4, 1, 8, 8), math.nan)))
     assert all(torch.equal(p, before[k]) for k, p in unet.named_parameters())
+
+
+def test_a_run_continues_on_the_device_that_it_ran_on(monkeypatch):
+    """What a file holds is on the CPU: it is copied to where the network is. The random
+    state is that of the device in use, which need not be the first."""
+    passed = {"weight": torch.ones(3)}
+    saved, running = (RunningPosterior({"weight": torch.ones(3, device=d)}.items())
+                      for d in ("cpu", "meta"))  # meta stands for an accelerator
+    saved.update(passed.items())
+    running.load_state_dict(saved.state_dict())
+    assert running.n == 1
+    assert all(d["weight"].device.type == "meta" for d in (running.mean, running.m2))
+
+    class Accelerator:
+        states = {0: "the first's", 1: "the second's"}
+
+        def get_rng_state(self, device):
+            return self.states[device.index]
+
+        def set_rng_state(self, state, device):
+            self.states[device.index] = state
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Accelerator())
+    state = rng_state(torch.device("cuda:1"))
+    assert state["cuda"] == "the second's"
+    set_rng_state({**state, "cuda": "as saved"}, torch.device("cuda:1"))
+    assert Accelerator.states == {0: "the first's", 1: "as saved"}
