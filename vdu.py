@@ -728,8 +728,10 @@ def verdict(check, record, args):
         return text
     if args.function_space:
         return f"{text}. It is still there: try --kappa {2 * args.kappa:g}, or more --steps"
-    return (f"{text}. It is still there: try --function-space, which is beyond the paper; or a "
-            f"smaller --gamma than {args.gamma:g}, in steps of 0.02")
+    also = "more --steps"
+    if args.gamma:
+        also = f"a smaller --gamma than {args.gamma:g}, in steps of 0.02"
+    return f"{text}. It is still there: try --function-space, which is beyond the paper; or {also}"
 
 
 def default_texts(paper, function_space):

@@ -351,6 +351,9 @@ def test_check_stops_the_loop_and_tells(toy):
     check = Told(None, None, 5, until=0)
     unlearn(copy.deepcopy(unet), posterior, objective, lr=0.001, steps=5, check=check)
     assert check.history == [(0, 0.5), (3, 0.4), (5, 0.3)]  # the last step, always
+    for gamma, advice in ((0.0, "or more --steps"), (0.5, "or a smaller --gamma than 0.5")):
+        args = SimpleNamespace(function_space=False, gamma=gamma)
+        assert advice in vdu.verdict(check, record, args)
 
 
 def test_a_step_is_the_chain_rule_and_its_minimum_the_closed_form():
