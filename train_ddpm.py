@@ -477,8 +477,8 @@ def tiny_imagenet_val(folder, classes):
 def load_folder(root, train, image_shape=None, only=None):
     """One sub-folder of images per class; or such as train/ and test/ (or val/)."""
     if not subfolders(Path(root)):
-        raise UserError(f"{root} is not a folder of classes: it needs one sub-folder of images "
-                        "for each")
+        raise UserError(f"no folder of classes at {root}: it needs one sub-folder of images for "
+                        "each")
     training, test = folder_parts(Path(root))
     data = {"source": "folder", "root": os.path.abspath(root)}
     here = training if train else test
