@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ddpm import (ArgumentParser, StopRequest, TimeRange, UserError, add_shared_flags, autocast,
                   check_checkpoint_name, check_outputs, digest, fill_in, key_value, load_checkpoint,
                   number, peak_memory, pick_device, run_command_line, save_checkpoint,
-                  stratified_timesteps)
+                  stratified_timesteps, training_step)
 from train_ddpm import (SHIPPED, RunningPosterior, class_indices, load_data_of, load_images,
                         to_float)
 
@@ -282,6 +282,27 @@ def guessed_posterior(named_parameters, share=0.02):
     return GaussianPosterior(mean, std, 1)
 
 
+def measured_posterior(unet, diffusion, images, steps, lr=2e-4, batch_size=64, progress=False):
+    """mu* = the weights, sigma* = their spread while the network trains on.
+
+    A DEPARTURE from the paper, whose checkpoints saw D. images: (N, C, H, W) that the
+    network drew itself, so that no data is needed. The first half of the steps is for
+    the weights to leave theta*; of the second every fifth counts, and the last. unet is
+    as it was at the end.
+    """
+    mean = {k: p.detach().clone() for k, p in unet.named_parameters()}
+    optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    running = RunningPosterior(mean.items())
+    for step in tqdm(range(steps), desc="training on, for sigma*", unit="step",
+                     disable=not progress):
+        index = torch.randint(len(images), (batch_size,)).to(images.device)
+        training_step(unet, diffusion, optimizer, images[index])
+        if step >= steps // 2 and (step % 5 == 0 or step == steps - 1):
+            running.update(unet.named_parameters())
+    unet.load_state_dict(mean, strict=False)  # buffers never moved
+    return GaussianPosterior(mean, running.posterior()["std"], running.n)
+
+
 # --------------------------------------------------------------------------------------
 # BEYOND THE PAPER, ours: the same KL with the full covariance, in function space (which
 # the paper names as future work).
@@ -526,7 +547,8 @@ def main(args):
 
     began, parent = time.time(), digest(checkpoint.unet.state_dict().values())
     torch.manual_seed(args.seed)
-    objective, check = build_objective(args, checkpoint, posterior, forget.to(device), rho)
+    posterior, objective, check = build_objective(args, checkpoint, posterior, forget.to(device),
+                                                  rho)
     with StopRequest() as stop:
         record = unlearn(checkpoint.unet, posterior, objective, args.lr, args.steps,
                          adam=args.function_space, seed=args.seed, check=check, progress=True,
@@ -597,6 +619,12 @@ def choose_output(args, checkpoint, indices):
 def choose_posterior(args, checkpoint, device):
     """The posterior given, kept or guessed, and in words where it comes from."""
     parameters = dict(checkpoint.unet.named_parameters())
+    if args.self_train:
+        if args.posterior or args.isotropic:
+            raise UserError("--self-train measures sigma* by itself: leave --posterior and "
+                            "--isotropic away")
+        posterior = guessed_posterior(parameters.items()).to(device)  # until the anchors are drawn
+        return posterior, f"sigma* is measured over {args.self_train} steps of training on"
     if args.posterior:
         posterior = GaussianPosterior.from_checkpoints(
             args.posterior, lambda path: snapshot(path, checkpoint.config, dict(args.assume)))
@@ -615,8 +643,8 @@ def choose_posterior(args, checkpoint, device):
     origin = f"posterior of {posterior.n} checkpoints"
     if posterior.n == 1:
         origin = ("one checkpoint and no posterior: sigma* is guessed, "
-                  f"{100 * args.sigma:g}% of each tensor's root mean square (--posterior FILE "
-                  "FILE measures it)")
+                  f"{100 * args.sigma:g}% of each tensor's root mean square (--self-train N "
+                  "and --posterior FILE FILE measure it)")
     return posterior.to(device), origin
 
 
@@ -666,7 +694,7 @@ def load_forget_images(args, checkpoint, indices):
 
 
 def build_objective(args, checkpoint, posterior, forget, rho):
-    """(objective, check) as the flags say; draws the samples that both need."""
+    """(posterior, objective, check) as the flags say; draws the samples for all."""
     unet, diffusion, shape = checkpoint.unet, checkpoint.diffusion, tuple(forget.shape[1:])
     frozen = frozen_copy(unet, posterior)
     generated = diffusion.sample(frozen, args.anchors, shape, 25, eta=1.0, seed=args.seed + 1,
@@ -675,6 +703,8 @@ def build_objective(args, checkpoint, posterior, forget, rho):
     order = Likeness(frozen, diffusion, forget, generated, rho).of_images(generated)
     keep = order.argsort()[: round((1 - min(0.6, 2 * rho)) * len(order))]
     kept = generated[keep.to(forget.device)]
+    if args.self_train:
+        posterior = measured_posterior(unet, diffusion, kept, args.self_train, progress=True)
     levels = Likeness.OF_IMAGES
     if args.function_space:
         levels = range(min(int(args.t_range[0] * Likeness.LEVELS), *levels), Likeness.LEVELS)
@@ -688,9 +718,9 @@ def build_objective(args, checkpoint, posterior, forget, rho):
     check = ForgottenCheck(sample, likeness, args.steps, args.until)
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
     if not args.function_space:
-        return PaperObjective(*common), check
-    return FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness, rho=rho,
-                                  kappa=args.kappa), check
+        return posterior, PaperObjective(*common), check
+    return posterior, FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness,
+                                             rho=rho, kappa=args.kappa), check
 
 
 def save_unlearned(output, args, checkpoint, posterior, indices, images, record):
@@ -801,6 +831,9 @@ def parser():
                    help="see only N images, of each class if by class (default: all)")
     p.add_argument("--isotropic", action="store_true",
                    help="one sigma for all parameters: what the posterior's shape is worth")
+    p.add_argument("--self-train", type=number(int, 12), metavar="N",
+                   help="for a model of one checkpoint, NOT in the paper: measure sigma* over N "
+                        "steps (400, say) of training on, on the --anchors")
     p.add_argument("--data-root", metavar="DIR",
                    help="folder of the dataset (default: where the model was trained)")
     p.add_argument("--assume", nargs="+", type=key_value, default=[], metavar="KEY=VALUE",

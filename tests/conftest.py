@@ -20,6 +20,11 @@ NO_NETWORK = {**os.environ, "PYTHONPATH": str(ROOT),
               **{f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}}
 
 
+def pytest_collection_modifyitems(items):
+    """Last what waits for the programs that run beside."""
+    items.sort(key=lambda item: "shipped" in item.fixturenames)
+
+
 class Beside:
     """Programs that run one after the other on another core, beside the first tests;
     each has a folder and a future of its outputs."""

@@ -518,19 +518,24 @@ def test_names_that_the_terminal_cannot_show(colours, tmp_path):
 
 
 def test_a_model_that_others_trained(colours):
-    """Published weights: the posterior is guessed from one file, measured from two."""
+    """Published weights: the posterior is guessed from one file, measured over two, or
+    measured while training on."""
     published = torch.load(ROOT / "tests/data/ddpm_reference.pt", weights_only=True)["original"]
     torch.save(published["state_dict"], colours / "model-790000.ckpt")
     torch.save({k: v + 1e-3 for k, v in published["state_dict"].items()}, colours / "later.ckpt")
     for i, option in enumerate((["--share", 0.3],
-                                ["--posterior", "model-790000.ckpt", "later.ckpt"])):
+                                ["--posterior", "model-790000.ckpt", "later.ckpt"],
+                                ["--self-train", 12])):
         r = command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-images", "reds",
                     "--forget-samples", 6, "--steps", 1, "--batch-size", 2,
                     "--anchors", 10, *option, "--output", f"model-{i}.pt", cwd=colours)
         assert r.returncode == 0, r.stderr
         assert ("guessed" in r.stdout) == (i == 0)
         forgotten = ddpm.load_checkpoint(colours / f"model-{i}.pt").forgotten
-        assert forgotten["images"] == 6 and forgotten["rho"] == (0.3, 0.1)[i]
+        assert forgotten["images"] == 6 and forgotten["rho"] == (0.3, 0.1, 0.1)[i]
+    refused(command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-images", "reds",
+                    "--self-train", 12, "--isotropic", "--output", "x.pt", cwd=colours),
+            "--self-train", "--isotropic")
     refused(command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-class", "horse",
                     cwd=colours), "CIFAR-10 cannot be downloaded", "--data-root")
     refused(command("evaluate.py", "--after", "model-0.pt", "--forget-class", "horse", cwd=colours),

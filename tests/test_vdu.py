@@ -14,8 +14,8 @@ from ddpm import Diffusion, UserError
 from train_ddpm import RunningPosterior
 from unet import UNet
 from vdu import (ForgottenCheck, FunctionSpaceObjective, GaussianPosterior, Likeness,
-                 PaperObjective, fit_logistic, guessed_posterior, plasticity_loss, stability_loss,
-                 unlearn, vdu_loss)
+                 PaperObjective, fit_logistic, guessed_posterior, measured_posterior,
+                 plasticity_loss, stability_loss, unlearn, vdu_loss)
 
 
 def random_posterior(shapes=((3, 2), (4,)), seed=0):
@@ -356,6 +356,29 @@ def test_check_stops_the_loop_and_tells(toy):
         assert advice in vdu.verdict(check, record, args)
 
 
+def test_measured_sigma_is_the_spread_of_training_on():
+    """The network is as it was; what no gradient reaches has no spread; the standard
+    deviation is that of the weights after the steps 10, 15 and 19."""
+    torch.manual_seed(0)
+    unet, d = UNet(model_channels=8, channel_mult=(1,), num_heads=1), Diffusion("linear", 20)
+    unet.unused = torch.nn.Parameter(torch.ones(3))
+    before, images = copy.deepcopy(unet.state_dict()), torch.rand(4, 1, 8, 8)
+    torch.manual_seed(1)
+    posterior = measured_posterior(unet, d, images, 20, batch_size=4)
+    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in posterior.mean.items())
+    assert posterior.n == 3 and (posterior.std["unused"] == vdu.SIGMA_FLOOR).all()
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(unet.parameters(), 2e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    passed = []
+    for step in range(20):
+        index = torch.randint(4, (4,))
+        ddpm.training_step(unet, d, optimizer, images[index])
+        passed += [unet.out[2].weight.detach().clone()] * (step in (10, 15, 19))
+    assert torch.allclose(posterior.std["out.2.weight"], torch.stack(passed).std(0), rtol=1e-3,
+                          atol=1e-9)
+
+
 def test_a_step_is_the_chain_rule_and_its_minimum_the_closed_form():
     """A quadratic toy whose A = a . theta: SGD in z ends at theta_i - mu*_i =
     ((1-gamma)/gamma) (P/d) sigma*_i^2 dA/dtheta_i, and its first step is lr sigma*^2
@@ -483,7 +506,9 @@ def test_the_command_line_reaches_the_objective(toy, tmp_path):
     for option in ([], ["--function-space"]):
         args = settings(*option, "--t-range", "0.25", "0.5", "--batch-size", "7", "--anchors", "40",
                         "--gamma", "0.3", "--kappa", "6", "--until", "0.5")
-        objective, check = vdu.build_objective(args, checkpoint, posterior, toy_images(40, 1), 0.4)
+        same, objective, check = vdu.build_objective(args, checkpoint, posterior,
+                                                     toy_images(40, 1), 0.4)
+        assert same is posterior
         assert (objective.low, objective.high, objective.batch_size) == (25, 50, 7)
         assert check.until == 0.5
         t = objective.draw()[1]
