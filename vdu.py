@@ -617,13 +617,17 @@ def choose_output(args, checkpoint, indices):
 
 
 def choose_posterior(args, checkpoint, device):
-    """The posterior given, kept or guessed, and in words where it comes from."""
+    """The posterior given, kept or guessed, and in words where it comes from.
+
+    With --self-train a guess stands in until `build_objective` has drawn what to train
+    on.
+    """
     parameters = dict(checkpoint.unet.named_parameters())
     if args.self_train:
         if args.posterior or args.isotropic:
             raise UserError("--self-train measures sigma* by itself: leave --posterior and "
                             "--isotropic away")
-        posterior = guessed_posterior(parameters.items()).to(device)  # until the anchors are drawn
+        posterior = guessed_posterior(parameters.items()).to(device)
         return posterior, f"sigma* is measured over {args.self_train} steps of training on"
     if args.posterior:
         posterior = GaussianPosterior.from_checkpoints(

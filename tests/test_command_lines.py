@@ -523,7 +523,7 @@ def test_a_model_that_others_trained(colours):
     published = torch.load(ROOT / "tests/data/ddpm_reference.pt", weights_only=True)["original"]
     torch.save(published["state_dict"], colours / "model-790000.ckpt")
     torch.save({k: v + 1e-3 for k, v in published["state_dict"].items()}, colours / "later.ckpt")
-    for i, option in enumerate((["--share", 0.3],
+    for i, option in enumerate((["--share", 0.3, "--function-space"],
                                 ["--posterior", "model-790000.ckpt", "later.ckpt"],
                                 ["--self-train", 12])):
         r = command("vdu.py", "--checkpoint", "model-790000.ckpt", "--forget-images", "reds",
