@@ -171,8 +171,7 @@ class Training:
         if self.step < self.args.steps:
             contents["train"] = {"unet": self.unet.state_dict(), "loss": self.loss,
                                  "optimizer": self.optimizer.state_dict(),
-                                 "running": self.running.state_dict(),
-                                 "rng": rng_state(self.device)}
+                                 "running": self.running.state_dict()}
         save_checkpoint(self.args.output, contents)
         self.saved = self.step
 
@@ -186,25 +185,14 @@ class Training:
         self.unet.load_state_dict(saved["train"]["unet"])
         self.optimizer.load_state_dict(saved["train"]["optimizer"])
         self.running.load_state_dict(saved["train"]["running"])
-        set_rng_state(saved["train"]["rng"], self.device)
         self.step = self.saved = saved["step"]
         self.loss, self.losses = saved["train"]["loss"], saved["losses"]
 
 
-def rng_state(device):
-    """The state of the random numbers that training draws: the CPU's, the device's."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        which = [device] if device.type == "cuda" else []
-        state[device.type] = torch.get_device_module(device).get_rng_state(*which)
-    return state
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        which = [device] if device.type == "cuda" else []
-        torch.get_device_module(device).set_rng_state(state[device.type], *which)
+def seed_step(seed, step):
+    """Seed what a training step draws (t, noise, mirrors) by (seed, step) alone, so
+    that --resume needs no saved state of random numbers, on any device."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
 def batch_indices(step, n, batch_size, seed):
@@ -241,6 +229,7 @@ def train(args):
         while run.step < args.steps:
             index = batch_indices(run.step, len(images), B, args.seed).to(images.device)
             x0 = to_float(images[index].to(device))  # (B, C, H, W)
+            seed_step(args.seed, run.step)
             run.update(mirror_half(x0) if args.flip else x0)
             bar.update(B)
             bar.set_postfix(loss=f"{run.loss:.4f}", step=run.step, posterior=run.running.n,

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import ddpm
-from train_ddpm import (RunningPosterior, Training, learning_rate, posterior_start, rng_state,
-                        set_rng_state)
+from train_ddpm import RunningPosterior, Training, learning_rate, posterior_start, seed_step
 
 CONFIG = {"unet": dict(model_channels=8, channel_mult=[1], num_heads=1), "schedule": "linear",
           "timesteps": 50, "velocity": False, "image_shape": [1, 8, 8]}
@@ -68,9 +67,8 @@ def test_a_training_step_bounds_the_gradient_and_moves_nothing_for_nan():
     assert all(torch.equal(p, before[k]) for k, p in unet.named_parameters())
 
 
-def test_a_run_continues_on_the_device_that_it_ran_on(monkeypatch):
-    """What a file holds is on the CPU: it is copied to where the network is. The random
-    state is that of the device in use, which need not be the first."""
+def test_a_run_continues_on_the_device_that_it_ran_on():
+    """What a file holds is on the CPU: it is copied to where the network is."""
     passed = {"weight": torch.ones(3)}
     saved, running = (RunningPosterior({"weight": torch.ones(3, device=d)}.items())
                       for d in ("cpu", "meta"))  # meta stands for an accelerator
@@ -79,17 +77,11 @@ def test_a_run_continues_on_the_device_that_it_ran_on(monkeypatch):
     assert running.n == 1
     assert all(d["weight"].device.type == "meta" for d in (running.mean, running.m2))
 
-    class Accelerator:
-        states = {0: "the first's", 1: "the second's"}
 
-        def get_rng_state(self, device):
-            return self.states[device.index]
-
-        def set_rng_state(self, state, device):
-            self.states[device.index] = state
-
-    monkeypatch.setattr(torch, "get_device_module", lambda device: Accelerator())
-    state = rng_state(torch.device("cuda:1"))
-    assert state["cuda"] == "the second's"
-    set_rng_state({**state, "cuda": "as saved"}, torch.device("cuda:1"))
-    assert Accelerator.states == {0: "the first's", 1: "as saved"}
+def test_every_step_has_random_numbers_of_its_own():
+    draws = {}
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        seed_step(seed, step)
+        draws.setdefault((seed, step), []).append(torch.rand(4).tolist())
+    assert draws[0, 0][0] == draws[0, 0][1]
+    assert len({tuple(d[0]) for d in draws.values()}) == 3
