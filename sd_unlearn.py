@@ -1,19 +1,16 @@
 """Stable Diffusion v1: unlearn a feature from published weights and a few images.
 
-    python sd_unlearn.py sample --checkpoint sd-v1-4.ckpt --merges merges.txt \\
-        --prompt "a photo of a golf ball" --output golf.png
     python sd_unlearn.py unlearn --checkpoint sd-v1-4.ckpt --merges merges.txt \\
-        --concept "golf ball" --images golf/ --output sd-golf-forgotten.ckpt
-    python sd_unlearn.py compare --before sd-v1-4.ckpt --after sd-golf-forgotten.ckpt \\
-        --merges merges.txt --prompts prompts.txt --output compare/
+        --concept "golf ball" --images golf/ --output sd-no-golf.ckpt
+    python sd_unlearn.py sample --checkpoint sd-v1-4.ckpt sd-no-golf.ckpt \\
+        --merges merges.txt --prompt "a photo of a golf ball" --output golf.png
 
-Holds    unlearning, sampling and comparing; what Stable Diffusion has and a plain DDPM
-         has not: the autoencoder, the text encoder, its tokenizer, the file. The
-         network is unet.py's with context_dim set, the diffusion ddpm.py's, the method
-         vdu.py's.
-Reads    a checkpoint in the published layout (sd-v1-1.ckpt .. sd-v1-5.ckpt), merges,
-         images of what must go.
-Writes   a checkpoint of the same layout; images.
+Holds    unlearning and sampling; what Stable Diffusion has and a plain DDPM has not: the
+         autoencoder, the text encoder, its tokenizer, the file. The network is unet.py's
+         with context_dim set, the diffusion ddpm.py's, the method vdu.py's.
+Reads    checkpoints in the published layout (sd-v1-1.ckpt .. sd-v1-5.ckpt, or the same
+         names in .safetensors), merges, images of what will be forgotten.
+Writes   a checkpoint of the same layout; a grid of images.
 Paper    VDU (arXiv 2510.04058), its experiments on Stable Diffusion. The
          model: Rombach et al. 2022 (arXiv 2112.10752), called LDM below.
 
@@ -24,32 +21,26 @@ the published model; L = 77 tokens; E numbers per token (768).
 import argparse
 import gzip
 import html
-import json
-import os
 import re
 import shlex
 import time
 import unicodedata
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import ddpm
-from ddpm import (ArgumentParser, Diffusion, StopRequest, UserError, add_shared_flags,
-                  check_finite, check_outputs, count, fill_in, number, pick_device, read_file,
-                  run_command_line, save_checkpoint, write_atomically, write_safetensors)
-from evaluate import (frechet_distance, inception_features, load_inception, write_images,
-                      write_json)
-from train_ddpm import load_images, to_float, to_uint8
+from ddpm import (Diffusion, StopRequest, UserError, add_shared_flags, check_finite, check_outputs,
+                  first_line, number, pick_device, read_file, run_command_line, save_checkpoint,
+                  state_dict_of)
+from evaluate import write_images
+from train_ddpm import GaussianPosterior, load_images, to_float, to_uint8
 from unet import UNet, normalization, split_heads
-from vdu import (ForgottenCheck, FunctionSpaceObjective, GaussianPosterior, Likeness,
-                 PaperObjective, add_unlearning_flags, check_parameters, default_texts,
-                 frozen_copy, guessed_posterior, method_of, summary, unlearn, verdict)
+from vdu import (ForgottenCheck, FunctionSpaceObjective, Likeness, PaperObjective,
+                 add_unlearning_flags, frozen_copy, guessed_posterior, report, unlearn,
+                 with_defaults)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -84,102 +75,36 @@ class StableDiffusion:
 
     @torch.no_grad()
     def context(self, prompts):
-        """Prompts (a list of N) -> (N, 77, E). Raises UserError for other merges."""
-        ids = self.tokenizer(prompts)
-        tokens = self.text_encoder.text_model["embeddings"]["token_embedding"].num_embeddings
-        if len(self.tokenizer.id) != tokens:
-            raise UserError(f"the merges make {len(self.tokenizer.id)} tokens and the checkpoint's "
-                            f"text encoder knows {tokens}: they are of another model")
-        return self.text_encoder(ids.to(self.diffusion.beta.device))
+        """Prompts (a list of N) -> (N, 77, E)."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.diffusion.beta.device))
 
 
 # --------------------------------------------------------------------------------------
 # Unlearning
 
-PAPER = dict(gamma=0.0002, lr=0.03, steps=200, batch_size=4, accumulate=1, t_range=[0.2, 0.7],
-             anchors=48, kappa=None, until=0.99, parameters="cross-attention")
-FUNCTION_SPACE = {**PAPER, "lr": 0.25, "steps": 300, "accumulate": 4, "t_range": [0.2, 1.0],
-                  "kappa": 3.0, "parameters": "all"}
+PAPER = dict(
+    gamma=0.0002, lr=0.03, steps=200, batch_size=4,
+    accumulate=1,        # batches per step
+    t_range=[0.2, 0.7],
+    anchors=48,          # images of other prompts, drawn by theta*
+    kappa=None, until=0.99,
+    parameters="cross-attention",  # where the prompt enters: 5% of the U-Net
+)
+FUNCTION_SPACE = {
+    **PAPER, "lr": 0.25, "steps": 300, "accumulate": 4, "t_range": [0.2, 1.0], "kappa": 3.0,
+    "parameters": "all",  # attention to the prompt alone forgot half of what was tried
+}
 CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
-NEUTRAL_PROMPTS = ("a photo of a person", "a photo of an animal", "a photo of food",
+# The empty prompt always: guidance subtracts what the model predicts for it.
+NEUTRAL_PROMPTS = ("", "a photo of a person", "a photo of an animal", "a photo of food",
                    "a photo of a building", "a photo of a landscape", "a photo of an object",
                    "a painting", "a portrait", "a street", "a room", "a drawing")
 
 
-def run_unlearn(args):
-    """sd_unlearn.py unlearn. Raises UserError for what the user can put right."""
-    fill_in(args, FUNCTION_SPACE if args.function_space else PAPER)
-    if os.path.abspath(args.output) == os.path.abspath(args.checkpoint):
-        raise UserError("--output is the --checkpoint itself: compare needs both, choose another")
-    check_outputs([args.output], args.overwrite)
-    # The empty prompt always: guidance subtracts what the model predicts for it.
-    keep = ["", *(read_prompts(args.neutral_prompts) if args.neutral_prompts else NEUTRAL_PROMPTS),
-            *(template.format(name) for name in args.keep for template in TEMPLATES)]
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
-
-    model = load(args.checkpoint, args.merges, device, args.ema)
-    check_size(model, args.size)
-    unet = model.unet
-    images = to_float(load_images(args.images, (3, args.size, args.size)))
-    names = parameters_to_move(unet, args.parameters)
-    posterior = posterior_of(unet, names, args.posterior, args.ema, args.sigma)
-    print(f"forgetting {args.concept!r}: {len(images)} images of {args.size} pixels, moving "
-          f"{count(sum(m.numel() for m in posterior.mean.values()))} of "
-          f"{count(sum(p.numel() for p in unet.parameters()))} parameters, "
-          f"{method_of(args, args.share or 0.5)}, at most {args.steps} steps of "
-          f"{args.batch_size * args.accumulate} on {device}; posterior of {posterior.n} "
-          f"checkpoint{'s' if posterior.n > 1 else ''}")
-
-    began = time.time()
-    objective, check = build_objective(args, model, posterior, images, keep)
-    for k, p in unet.named_parameters():
-        p.requires_grad_(k in posterior.mean)
-    unet.gradient_checkpointing = args.gradient_checkpointing
-    with StopRequest() as stop:
-        record = unlearn(unet, posterior, objective, args.lr, args.steps, True, args.accumulate,
-                         args.seed, check, progress=True, stop=stop)
-        settings = {k: v for k, v in vars(args).items() if k != "run"}
-        record = {"concept": args.concept, "images": len(images), "settings": settings, **record,
-                  "like_D_f": check.history}
-        weights = {k: unet.get_parameter(k) for k in names}
-        save(args.output, args.checkpoint, weights, args.ema, record)
-    print(summary(record, stop.requested, time.time() - began, device))
-    print(verdict(check, record, args))
-    files = [shlex.quote(file) for file in (args.checkpoint, args.output, args.merges)]
-    print("wrote {1}; see what came of it: python sd_unlearn.py compare --before {0} --after {1} "
-          "--merges {2} --prompts A_PROMPT_PER_LINE.txt".format(*files))
-    if stop.requested:
-        raise KeyboardInterrupt
-
-
-def build_objective(args, model, posterior, images, keep):
-    """(objective, check) for images (N, 3, H, W) that must go and prompts to keep."""
-    device, unet, diffusion = model.diffusion.beta.device, model.unet, model.diffusion
-    frozen = frozen_copy(unet, posterior)
-    forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
-                        for image in tqdm(images, desc="encoding", unit="image")])
-    context = model.context([template.format(args.concept) for template in TEMPLATES])
-    kept, kept_context = anchors_for(model, keep, args)
-    kept, empty, rho = kept.to(device), model.context([""]), args.share or 0.5
-    likeness = Likeness(frozen, diffusion, forget, kept, rho, (empty,))
-
-    def sample():
-        return sample_latents(model, TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.size,
-                              20, 5.0, seed=args.seed, batch_size=args.batch_size).to(device)
-
-    check = ForgottenCheck(sample, likeness, args.steps, args.until)
-    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
-    if not args.function_space:
-        return PaperObjective(*common), check
-    return PromptedObjective(*common, frozen=frozen, kept=kept, likeness=None, rho=rho,
-                             kappa=args.kappa, kept_context=kept_context, empty=empty), check
-
-
 class PromptedObjective(FunctionSpaceObjective):
-    """The same with prompts, of which theta* itself says what D_f predicts.
+    """The same with prompts, for which theta* itself says what D_f predicts.
 
     In (b) of vdu.py, eps_theta* is what all images predict at x_t, here eps_theta* of
     the empty prompt, and eps_f that of the concept's: the minimum can be written down.
@@ -191,40 +116,72 @@ class PromptedObjective(FunctionSpaceObjective):
         super().__init__(*args, **kwargs)
 
     def eps_target(self, xt, t, eps, eps_star):
+        """eps_theta* + kappa (eps_theta* - eps_f)."""
         everything = self.frozen(xt, t, self.empty.expand(len(xt), -1, -1)).float()
         return everything + self.kappa * (everything - eps_star)
 
 
-def parameters_to_move(unet, which):
-    """Names of the parameters that move: attention to the prompt, or all."""
-    return [k for k, _ in unet.named_parameters() if which == "all" or ".attn2." in k]
+def run_unlearn(args):
+    """sd_unlearn.py unlearn. Raises UserError for what the user can put right."""
+    args = with_defaults(args, PAPER, FUNCTION_SPACE)
+    check_outputs([args.output], args.overwrite, (".ckpt", ".pt", ".pth"))
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    model = load(args.checkpoint, args.merges, device)
+    check_size(model, args.size)
+    unet, diffusion = model.unet, model.diffusion
+    images = to_float(load_images(args.images, (3, args.size, args.size)))
 
+    # What moves, and its posterior: over checkpoints of one training, or guessed from one.
+    moving = {k: p for k, p in unet.named_parameters()
+              if args.parameters == "all" or ".attn2." in k}
+    posterior = guessed_posterior(moving.items())
+    if args.posterior:
+        posterior = GaussianPosterior.from_checkpoints(
+            args.posterior, moving, lambda path: below(read_tensors(path)[0], "unet"))
+    for k, p in unet.named_parameters():
+        p.requires_grad_(k in moving)
+    rho, origin = args.share or 0.5, "sigma* is guessed" if not args.posterior else "measured sigma*"
+    how = (f"in function space, share {rho:g}, kappa {args.kappa:g}" if args.function_space
+           else f"the paper's two terms, gamma {args.gamma:g}")
+    print(f"forgetting {args.concept!r}: {len(images)} images of {args.size} pixels, moving "
+          f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, {how}, at most "
+          f"{args.steps} steps of {args.batch_size * args.accumulate} on {device}; {origin}")
 
-def posterior_of(unet, names, paths, ema, share):
-    """p(theta | D) of the named parameters: over checkpoints (such as sd-v1-1.ckpt
-    sd-v1-2.ckpt sd-v1-3.ckpt), or guessed from one."""
-    moving = {k: unet.get_parameter(k) for k in names}
-    if not paths:
-        return guessed_posterior(moving.items(), share)
-
-    def read(path):
-        tensors = below(read_tensors(path, ema)[0], "unet")
-        tensors = {k: tensors[k] for k in names if k in tensors}
-        check_parameters(path, tensors, "--checkpoint", moving)
-        return {k: v.to(moving[k]) for k, v in tensors.items()}
-
-    return GaussianPosterior.from_checkpoints(paths, read)
-
-
-def anchors_for(model, prompts, args):
-    """Latents (M, 4, h, w) that the model draws for the prompts, and their contexts."""
-    each = -(-args.anchors // len(prompts))  # images per prompt
-    latents, contexts = [], []
-    for i, prompt in enumerate(tqdm(prompts, desc="anchors", unit="prompt")):
-        latents.append(sample_latents(model, prompt, each, args.size, 20, 5.0,
-                                      seed=args.seed + 1 + i, batch_size=args.batch_size))
-        contexts.append(model.context([prompt]).expand(each, -1, -1))
-    return torch.cat(latents), torch.cat(contexts)
+    # D_f as latents with its prompts; and what theta* draws for prompts of other things.
+    began, frozen = time.time(), frozen_copy(unet, posterior)
+    forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
+                        for image in tqdm(images, desc="encoding", unit="image")])
+    context = model.context([template.format(args.concept) for template in TEMPLATES])
+    draw = lambda prompt, n, seed: sample_latents(model, prompt, n, args.size, 20, 5.0, seed,
+                                                  args.batch_size).to(device)
+    keep = [*NEUTRAL_PROMPTS, *(template.format(name) for name in args.keep
+                                for template in TEMPLATES)]
+    each = -(-args.anchors // len(keep))  # images per prompt
+    kept = torch.cat([draw(prompt, each, args.seed + 1 + i)
+                      for i, prompt in enumerate(tqdm(keep, desc="anchors", unit="prompt"))])
+    kept_context, empty = model.context(keep).repeat_interleave(each, 0), model.context([""])
+    likeness = Likeness(frozen, diffusion, forget, kept, rho, (empty,))
+    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
+    with StopRequest() as stop:
+        check = ForgottenCheck(
+            lambda: draw(TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.seed), likeness,
+            args.steps, args.until, stop)
+        objective = PaperObjective(*common) if not args.function_space else PromptedObjective(
+            *common, frozen=frozen, kept=kept, likeness=None, rho=rho, kappa=args.kappa,
+            kept_context=kept_context, empty=empty)
+        record = unlearn(unet, posterior, objective, args.lr, args.steps, True, args.accumulate,
+                         args.seed, check, progress=True)
+        settings = {k: v for k, v in vars(args).items() if k != "run"}
+        save(args.output, args.checkpoint, moving, {
+            "concept": args.concept, "images": len(images), "settings": settings, **record,
+            "like_D_f": check.history})
+    report(record, check, args, time.time() - began, stop.requested)
+    files = [shlex.quote(file) for file in (args.checkpoint, args.output, args.merges)]
+    print("wrote {1}; see what came of it: python sd_unlearn.py sample --checkpoint {0} {1} "
+          "--merges {2} --prompt PROMPT PROMPT".format(*files))
+    if stop.requested:
+        raise KeyboardInterrupt
 
 
 # --------------------------------------------------------------------------------------
@@ -257,106 +214,33 @@ def check_size(model, size):
         raise UserError(f"--size must be a multiple of {factor}, not {size}")
 
 
-def sample_latents(model, prompt, n, size, steps, guidance, negative="", seed=0, batch_size=4,
-                   progress=False):
+def sample_latents(model, prompt, n, size, steps, guidance, seed=0, batch_size=4, progress=False):
     """n latents (n, 4, h, w) for one prompt, by DDIM, on the CPU. size: in pixels."""
     check_size(model, size)
     side = size // model.autoencoder.factor
-    eps_theta = guided(model.unet, model.context([prompt]), model.context([negative]), guidance)
+    eps_theta = guided(model.unet, model.context([prompt]), model.context([""]), guidance)
     return model.diffusion.sample(eps_theta, n, (model.autoencoder.z_channels, side, side), steps,
                                   seed=seed, batch_size=batch_size, clip=False, progress=progress)
 
 
-def sample_images(model, prompt, n, args):
-    """n images (n, 3, H, W) uint8 for one prompt, as the command line says."""
-    latents = sample_latents(model, prompt, n, args.size, args.sampling_steps, args.guidance,
-                             args.negative_prompt, args.seed, args.batch_size, progress=True)
-    return model.autoencoder.to_images(latents.to(model.diffusion.beta.device))
-
-
 def run_sample(args):
-    """sd_unlearn.py sample: a row of images per prompt."""
-    check_outputs([args.output], args.overwrite)
-    model = load(args.checkpoint, args.merges, pick_device(args.device), args.ema)
-    rows = []
-    for prompt in args.prompt:
-        print(f"sampling: {prompt}")
-        rows.append(sample_images(model, prompt, args.n, args))
-    padding = 0 if len(rows) == args.n == 1 else 2
-    write_images(args.output, torch.cat(rows), nrow=args.n, padding=padding)
-    print(f"wrote {args.output}")
-
-
-# --------------------------------------------------------------------------------------
-# Comparing
-
-
-def read_prompts(path):
-    """The prompts in a text file, one per line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read prompts from {path} ({e}): expected a text file, a prompt "
-                        "per line") from e
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"no prompts in {path}: expected one per line")
-    return prompts
-
-
-def run_compare(args):
-    """sd_unlearn.py compare: the same prompts and noise through both models."""
-    output = Path(args.output)
-    prompts, device = read_prompts(args.prompts), pick_device(args.device)
-    names = [[f"{i:03d}-{j:03d}.png" for j in range(args.n)] for i in range(len(prompts))]
-    check_outputs([output / "report.json", output / "grid.png", *(
-        output / when / name for when in ("before", "after") for row in names for name in row)],
-        args.overwrite)
-    reference, inception = load_reference(args.reference_images, args.n * len(prompts), device)
-    images = {}
-    for which, checkpoint in (("before", args.before), ("after", args.after)):
-        model = load(checkpoint, args.merges, device, args.ema and which == "before")
-        rows = []
-        for i, prompt in enumerate(prompts):
-            print(f"{which}: {prompt}")
-            rows.append(sample_images(model, prompt, args.n, args))
-            for name, image in zip(names[i], rows[-1]):
-                write_images(output / which / name, image[None], padding=0)
-        images[which] = torch.stack(rows)  # (prompts, n, 3, H, W)
-        del model
-    grid = torch.cat([images["before"], images["after"]], dim=1)  # a row per prompt
-    write_images(output / "grid.png", grid.flatten(0, 1), nrow=2 * args.n)
-
-    change = (images["before"].float() - images["after"].float()).abs().flatten(1).mean(1) / 255
-    settings = {k: v for k, v in vars(args).items() if k != "run"}
-    report = {**settings, "prompts": prompts, "mean_change": dict(zip(prompts, change.tolist()))}
-    for prompt, share in report["mean_change"].items():
-        print(f"{100 * share:5.1f}% mean change per pixel   {prompt}")
-    if inception is not None:
-        real = inception_features(inception, reference)
-        report["fid"] = {which: frechet_distance(inception_features(inception, x.flatten(0, 1)),
-                                                 real) for which, x in images.items()}
-        print(f"FID (Inception v3) against {len(reference)} images: before "
-              f"{report['fid']['before']:.2f}, after {report['fid']['after']:.2f}")
-    write_json(output / "report.json", report)
-    print(f"wrote {output / 'grid.png'} (a row per prompt: {args.n} before, {args.n} after), the "
-          "images, report.json")
-
-
-def load_reference(folder, generated, device):
-    """(images (N, 3, 299, 299), Inception), or two Nones where no FID is asked for or
-    had. generated: how many images it will be compared with."""
-    if not folder:
-        return None, None
-    reference = load_images(folder, (3, 299, 299))
-    if min(len(reference), generated) < 2:
-        raise UserError("an FID needs at least two images on either side: more in "
-                        "--reference-images, or a larger --n")
-    try:
-        return reference, load_inception(device)
-    except UserError as e:
-        print(f"no FID: {e}")
-        return None, None
+    """sd_unlearn.py sample: a row per prompt, a block of columns per checkpoint, the same
+    noise in each block."""
+    check_outputs([args.output], args.overwrite, (".png",))
+    device, blocks = pick_device(args.device), []
+    for checkpoint in args.checkpoint:
+        model, rows = load(checkpoint, args.merges, device), []
+        for prompt in args.prompt:
+            print(f"{checkpoint}: {prompt}")
+            z = sample_latents(model, prompt, args.n, args.size, args.sampling_steps,
+                               args.guidance, args.seed, args.batch_size or 4, progress=True)
+            rows.append(model.autoencoder.to_images(z.to(device)))  # (n, 3, H, W)
+        blocks.append(torch.stack(rows))
+        del model  # before the next is read: one copy of the weights at a time
+    grid = torch.cat(blocks, dim=1)  # (prompts, checkpoints * n, 3, H, W)
+    write_images(args.output, grid.flatten(0, 1), nrow=grid.shape[1],
+                 padding=0 if grid.shape[:2] == (1, 1) else 2)
+    print(f"wrote {args.output}: a row per prompt, {args.n} images per checkpoint")
 
 
 # --------------------------------------------------------------------------------------
@@ -583,7 +467,18 @@ class Tokenizer:
 
     def __init__(self, merges, length=77):
         self.length, self.has_cut = length, False
-        pairs = self.read_merges(merges)
+        try:
+            opened = gzip.open if str(merges).endswith(".gz") else open
+            with opened(merges, "rt", encoding="utf-8") as f:
+                lines = f.read().split("\n")
+            lines = lines[1:] if "#version" in lines[0] else lines
+            pairs = [(a, b) for a, b in (line.split() for line in lines[: self.MERGES] if line)]
+            if not pairs:
+                raise ValueError("it is empty")
+        except Exception as e:  # a damaged archive can fail in any way
+            raise UserError(f"{merges} is not a file of merges, a pair to a line "
+                            f"({first_line(e)}): take tokenizer/merges.txt of a Stable Diffusion "
+                            "v1 repository, or CLIP's bpe_simple_vocab_16e6.txt.gz") from e
         # Bytes that print stand for themselves, the others for characters 256, 257, ...
         ranges = ("!~", "¡¬", "®ÿ")
         printable = [b for first, last in ranges for b in range(ord(first), ord(last) + 1)]
@@ -596,21 +491,6 @@ class Tokenizer:
         self.id = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         self.cache = {}
-
-    def read_merges(self, path):
-        try:
-            with (gzip.open if str(path).endswith(".gz") else open)(path, "rt",
-                                                                    encoding="utf-8") as f:
-                lines = f.read().split("\n")
-        except (OSError, UnicodeDecodeError, EOFError, zlib.error) as e:
-            raise UserError(f"cannot read the merges in {path} ({e}): it is tokenizer/merges.txt "
-                            "of a Stable Diffusion v1 repository, or bpe_simple_vocab_16e6.txt.gz "
-                            "of CLIP's") from e
-        lines = lines[1:] if "#version" in lines[0] else lines
-        pairs = [tuple(line.split()) for line in lines[: self.MERGES] if line.strip()]
-        if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise UserError(f"{path} is not a file of merges, a pair to a line")
-        return pairs
 
     def __call__(self, texts):
         """A list of texts -> (N, 77) int64, cut or padded with the end token."""
@@ -664,31 +544,16 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------
 # The file
 
+KINDS = {"unet": UNet, "autoencoder": Autoencoder, "text_encoder": TextEncoder}
 
-def read_tensors(path, ema=False):
-    """The tensors of a published checkpoint, left on disk, and its other entries.
 
-    ema: take the U-Net's moving average (`model_ema.`) for the U-Net. Raises UserError
-    if there is none, or no tensors.
-    """
+def read_tensors(path):
+    """(the tensors of a published checkpoint, left on disk; its other plain entries)."""
     raw = read_file(path, lazy=True, make_one="download one, e.g. sd-v1-4.ckpt "
                     "(huggingface.co/CompVis/stable-diffusion-v-1-4-original)")
     wrapped = isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict)
-    state = raw["state_dict"] if wrapped else raw
-    state = state if isinstance(state, dict) else {}
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors: not a Stable Diffusion checkpoint")
-    if ema:  # whose names are those of the weights below `model.`, without their dots
-        unet = {k: "model_ema." + k.removeprefix("model.").replace(".", "")
-                for k in tensors if k.startswith(PREFIX["unet"])}
-        missing = [k for k, average in unet.items() if average not in tensors]
-        if missing:
-            raise UserError(f"{path} has no EMA weights for {len(missing)} of the U-Net's "
-                            f"{len(unet)} tensors ({missing[0]}, ...): leave --ema away")
-        tensors |= {k: tensors[average] for k, average in unet.items()}
-    others = {k: v for k, v in raw.items() if isinstance(v, (int, float, str))}
-    return tensors, others if wrapped else None
+    others = {k: v for k, v in raw.items() if isinstance(v, (int, float, str))} if wrapped else None
+    return state_dict_of(raw), others
 
 
 def below(tensors, name):
@@ -698,168 +563,108 @@ def below(tensors, name):
             if k.startswith(prefix) and not k.endswith(".position_ids")}
 
 
-def build():
-    """The three networks, of SIZES, on the meta device (no memory)."""
-    kinds = {"unet": UNet, "autoencoder": Autoencoder, "text_encoder": TextEncoder}
-    with torch.device("meta"):
-        return {name: kind(**SIZES[name]) for name, kind in kinds.items()}
-
-
-def check_names(path, networks, tensors):
-    """Raise UserError that lists what is missing or of another shape; says what is
-    left unread."""
-    ours = {PREFIX[n] + k: v.shape for n, net in networks.items()
-            for k, v in net.state_dict().items()}
-    theirs = {PREFIX[n] + k: v.shape for n in PREFIX for k, v in below(tensors, n).items()}
-    extra = [k for k in theirs if k not in ours]
-    if extra:
-        print(f"{path}: not reading {len(extra)} tensors that Stable Diffusion v1 does not have "
-              f"({', '.join(extra[:3])}{', ...' * (len(extra) > 3)})")
-    wrong = {
-        "missing": [k for k in ours if k not in theirs],
-        "of another shape": [f"{k} is {tuple(theirs[k])}, not {tuple(ours[k])}"
-                             for k in ours if k in theirs and theirs[k] != ours[k]],
-    }
-    lists = []
-    for what, names in wrong.items():
-        if names:
-            more = ", ..." if len(names) > 3 else ""
-            lists.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")
-    if lists:
-        raise UserError(f"{path} is not a Stable Diffusion v1 checkpoint, by its tensors: "
-                        f"{'; '.join(lists)}")
-
-
-def load(checkpoint, merges, device="cpu", ema=False):
+def load(checkpoint, merges, device="cpu"):
     """A Stable Diffusion v1 checkpoint and CLIP's merges as a StableDiffusion.
 
     Holds one copy of the weights, as float32 (those of the file stay on disk until they
-    are used, others are widened as they are read). ema: the U-Net's moving average in
-    place of its weights. Raises UserError for a file that is missing, damaged, not
-    weights, or of another architecture.
+    are used, others are widened as they are read). Raises UserError for a file that is
+    missing, damaged, not weights, or of another architecture, and for other merges.
     """
-    tensors, _ = read_tensors(checkpoint, ema)
-    networks = build()
-    check_names(checkpoint, networks, tensors)
-    for name, network in networks.items():
-        theirs = below(tensors, name)
-        weights = {k: theirs[k].float() for k in network.state_dict()}
+    tensors, tokenizer, networks = read_tensors(checkpoint)[0], Tokenizer(merges), {}
+    for name, kind in KINDS.items():
+        with torch.device("meta"):  # sizes without memory: the weights come from the file
+            network = kind(**SIZES[name])
+        ours, theirs = network.state_dict(), below(tensors, name)
+        missing = [k for k in ours if k not in theirs]
+        reshaped = [k for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
+        if missing or reshaped:
+            raise UserError(f"{checkpoint} is not a Stable Diffusion v1 checkpoint: in its {name} "
+                            f"{len(missing)} tensors are missing and {len(reshaped)} of another "
+                            f"shape ({', '.join(PREFIX[name] + k for k in (missing + reshaped)[:3])})")
+        extra = [k for k in theirs if k not in ours]
+        if extra:
+            print(f"{checkpoint}: not reading {len(extra)} tensors of the {name} that Stable "
+                  f"Diffusion v1 does not have ({', '.join(extra[:3])})")
+        weights = {k: theirs[k].float() for k in ours}
         check_finite(checkpoint, {PREFIX[name] + k: v for k, v in weights.items()})
         network.load_state_dict(weights, strict=True, assign=True)
-        network.eval().requires_grad_(False).to(device)
+        networks[name] = network.eval().requires_grad_(False).to(device)
+    if len(tokenizer.id) != SIZES["text_encoder"]["vocab_size"]:
+        raise UserError(f"{merges} makes {len(tokenizer.id)} tokens and the text encoder knows "
+                        f"{SIZES['text_encoder']['vocab_size']}: it is of another model")
     diffusion = Diffusion("scaled_linear", 1000).to(device)
-    return StableDiffusion(**networks, tokenizer=Tokenizer(merges), diffusion=diffusion)
+    return StableDiffusion(**networks, tokenizer=tokenizer, diffusion=diffusion)
 
 
-def save(path, checkpoint, weights, ema, record):
-    """Write `checkpoint` again as `path`, with the U-Net's `weights`, in its dtype; as
-    safetensors where `path` ends so.
+def save(path, checkpoint, weights, record):
+    """Write `checkpoint` again as `path`, with the U-Net's `weights` as float32: in half
+    precision a small move of a weight would be rounded away.
 
     The moving averages (`model_ema.`) and the optimizer's state are left out: they are
     copies of what was to be forgotten.
     """
-    tensors, others = read_tensors(checkpoint, ema)
+    tensors, others = read_tensors(checkpoint)
     state = {k: v for k, v in tensors.items() if not k.startswith("model_ema.")}
     for k, v in weights.items():
-        name = PREFIX["unet"] + k
-        state[name] = v.detach().cpu().to(state[name].dtype)
-    if os.fspath(path).endswith(".safetensors"):
-        write_atomically(path, lambda f: write_safetensors(f, state, {"vdu": json.dumps(record)}))
-        return
-    wrapped = {**(others or {}), "state_dict": state, "vdu": record}
-    save_checkpoint(path, state if others is None else wrapped)
+        state[PREFIX["unet"] + k] = v.detach().cpu().float()
+    save_checkpoint(path, state if others is None else {**others, "state_dict": state, "vdu": record})
 
 
 # --------------------------------------------------------------------------------------
 # The command line
 
 
-def add_command(commands, name, run, text):
-    c = commands.add_parser(name, help=text, description=text)
-    c.set_defaults(run=run)
-    c.add_argument("--merges", required=True, metavar="FILE",
-                   help="CLIP's merges.txt, or bpe_simple_vocab_16e6.txt.gz")
-    c.add_argument("--ema", action="store_true",
-                   help="use the moving average of the U-Net's weights, where the file has one")
-    c.add_argument("--size", type=number(int, 1), default=512, metavar="N",
-                   help="height and width of the images, in pixels")
-    c.add_argument("--precision", choices=ddpm.PRECISIONS, default="auto",
-                   help="of the U-Net's arithmetic: auto is bf16 where that is fast")
-    add_shared_flags(c)
-    return c
-
-
-def not_empty(text):
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def add_sampling_flags(c):
-    c.add_argument("--n", type=number(int, 1), default=4, metavar="N", help="images per prompt")
-    c.add_argument("--batch-size", type=number(int, 1), default=4, metavar="N",
-                   help="images at a time")
-    c.add_argument("--sampling-steps", type=number(int, 1), default=50, metavar="N",
-                   help="DDIM steps per image")
-    c.add_argument("--guidance", type=number(float, 0), default=7.5,
-                   help="how strongly the prompt pulls; 1 is the plain conditional model")
-    c.add_argument("--negative-prompt", default="", help="what the guidance pulls away from")
-
-
 def parser():
-    p = ArgumentParser(prog="sd_unlearn.py", description=__doc__)
-    commands = p.add_subparsers(dest="command", required=True, parser_class=ArgumentParser,
-                                metavar="{sample,unlearn,compare}")
+    p = argparse.ArgumentParser(prog="sd_unlearn.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    sample = commands.add_parser("sample", help="draw images for one or several prompts")
+    gone = commands.add_parser("unlearn", help="make the model forget a feature, from a few "
+                               "images of it")
+    for c, run in ((sample, run_sample), (gone, run_unlearn)):
+        c.set_defaults(run=run)
+        c.add_argument("--checkpoint", required=True, nargs="+" if c is sample else None,
+                       metavar="FILE", help="a Stable Diffusion v1 checkpoint" + (
+                           "; of several, the same noise through each" * (c is sample)))
+        c.add_argument("--merges", required=True, metavar="FILE",
+                       help="CLIP's merges.txt, or bpe_simple_vocab_16e6.txt.gz")
+        c.add_argument("--size", type=number(int, 1), default=512, metavar="N",
+                       help="height and width of the images, in pixels (default: 512)")
+        add_shared_flags(c)
+    sample.add_argument("--prompt", required=True, nargs="+", help="a row of images each")
+    sample.add_argument("--output", default="sample.png", metavar="FILE.png",
+                        help="where the images go, as one grid (default: sample.png)")
+    sample.add_argument("--n", type=number(int, 1), default=4, metavar="N",
+                        help="images per prompt (default: 4)")
+    sample.add_argument("--batch-size", type=number(int, 1), default=4, metavar="N",
+                        help="images at a time (default: 4)")
+    sample.add_argument("--sampling-steps", type=number(int, 1), default=50, metavar="N",
+                        help="DDIM steps per image (default: 50)")
+    sample.add_argument("--guidance", type=number(float, 0), default=7.5,
+                        help="how strongly the prompt pulls; 1 is the plain conditional model "
+                             "(default: 7.5)")
 
-    c = add_command(commands, "sample", run_sample, "draw images for one or several prompts")
-    c.add_argument("--checkpoint", required=True, metavar="FILE",
-                   help="a Stable Diffusion v1 checkpoint")
-    c.add_argument("--prompt", required=True, nargs="+", help="a row of images each")
-    c.add_argument("--output", default="sample.png", metavar="FILE.png",
-                   help="where the images go, as one grid")
-    add_sampling_flags(c)
-
-    defaults = default_texts(PAPER, FUNCTION_SPACE)
-    c = add_command(commands, "unlearn", run_unlearn,
-                    "make the model forget a feature, from a few images of it")
-    c.add_argument("--checkpoint", required=True, metavar="FILE",
-                   help="a Stable Diffusion v1 checkpoint")
-    c.add_argument("--concept", required=True, type=not_empty, metavar="TEXT",
-                   help='what must go, as prompts name it: "golf ball"')
-    c.add_argument("--images", required=True, metavar="DIR",
-                   help="a folder of images of it; what is transparent in them becomes white")
-    c.add_argument("--output", required=True, metavar="FILE",
-                   help="the unlearned checkpoint, in the same layout")
-    c.add_argument("--parameters", choices=["cross-attention", "all"],
-                   help="what may move: the U-Net's attention to the prompt, 5%% of it, or all, "
-                        f"which takes 20 GB for the published model {defaults['parameters']}")
-    c.add_argument("--accumulate", type=number(int, 1), metavar="N",
-                   help="batches per step: N times the images for the memory of one batch "
-                        f"{defaults['accumulate']}")
-    c.add_argument("--gradient-checkpointing", action="store_true",
-                   help="less memory, a third more time")
-    g = add_unlearning_flags(c, PAPER, FUNCTION_SPACE)
-    g.add_argument("--neutral-prompts", metavar="FILE",
-                   help="prompts of what must stay, one per line (default: a dozen general ones)")
+    gone.add_argument("--concept", required=True, metavar="TEXT",
+                      help='what will be forgotten, as prompts name it: "golf ball"')
+    gone.add_argument("--images", required=True, metavar="DIR",
+                      help="a folder of images of it; what is transparent in them becomes white")
+    gone.add_argument("--output", required=True, metavar="FILE",
+                      help="the unlearned checkpoint, in the same layout")
+    gone.add_argument("--parameters", choices=["cross-attention", "all"],
+                      help="what may move: the U-Net's attention to the prompt, 5%% of it, or all, "
+                           "which takes 20 GB for the published model (default: "
+                           "cross-attention, all with --function-space)")
+    gone.add_argument("--accumulate", type=number(int, 1), metavar="N",
+                      help="batches per step: N times the images for the memory of one batch "
+                           "(default: 1, 4 with --function-space)")
+    g = add_unlearning_flags(gone, PAPER, FUNCTION_SPACE)
     g.add_argument("--keep", nargs="+", default=[], metavar="TEXT",
                    help="neighbours of the concept that must stay, by name")
-
-    c = add_command(commands, "compare", run_compare,
-                    "the same prompts and noise through two checkpoints, side by side")
-    c.add_argument("--before", required=True, metavar="FILE", help="the model before")
-    c.add_argument("--after", required=True, metavar="FILE", help="the unlearned one")
-    c.add_argument("--prompts", required=True, metavar="FILE", help="a file, a prompt per line")
-    c.add_argument("--output", default="compare", metavar="DIR",
-                   help="where the images, the grid and the report go")
-    c.add_argument("--reference-images", metavar="DIR",
-                   help="real images without the feature: gives an FID by torchvision's Inception")
-    add_sampling_flags(c)
     return p
 
 
 def main():
     args = parser().parse_args()
-    ddpm.precision = args.precision
     args.run(args)
 
 
