@@ -25,8 +25,7 @@ import re
 import signal
 import sys
 import zipfile
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ import torch.nn as nn
 from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
-from unet import Downsample, ResBlock, UNet, Upsample
+from unet import UNet
 
 # --------------------------------------------------------------------------------------
 # The diffusion
@@ -50,8 +49,7 @@ def beta_schedule(name, T):
                    s = 0.008 (Nichol & Dhariwal 2021, eq. 17): on small images it leaves
                    something to see for longer
     scaled_linear  sqrt(beta_t) from sqrt(0.00085) to sqrt(0.012) in even steps: Stable
-                   Diffusion's
-    """
+                   Diffusion's"""
     if name == "linear":
         scale = 1000 / T
         beta = torch.linspace(1e-4 * scale, 0.02 * scale, T, dtype=torch.float64)
@@ -71,8 +69,7 @@ def stratified_timesteps(n, low, high, device="cpu"):
 
     The loss differs a hundredfold between t near 0 and t near T. To cover the range
     evenly within a batch takes that out of the gradient's noise and leaves its
-    expectation.
-    """
+    expectation."""
     u = (torch.randperm(n) + torch.rand(n)) / n  # (n,) in [0, 1)
     return (low + u * (high - low)).long().clamp(max=high - 1).to(device)
 
@@ -91,8 +88,7 @@ def image_noise(streams, shape):
 def grey_level_log_likelihood(x, mean, std):
     """log of the mass that N(mean, std^2) gives to x's grey level (DDPM eq. 13).
 
-    The bin is x +- 1/255, open at both ends of [-1, 1]. Shapes: like x.
-    """
+    The bin is x +- 1/255, open at both ends of [-1, 1]. Shapes: like x."""
     upper, lower = ((x + edge - mean) / std for edge in (1 / 255, -1 / 255))
     upper = torch.where(x > 0.999, torch.ones_like(x), torch.special.ndtr(upper))
     lower = torch.where(x < -0.999, torch.zeros_like(x), torch.special.ndtr(lower))
@@ -104,8 +100,7 @@ class Diffusion(nn.Module):
 
     schedule: a name that beta_schedule knows, or a (T,) tensor of betas of your own.
     timesteps: T, where schedule is a name.  Every buffer is (T,), float32, computed in
-    float64.
-    """
+    float64."""
 
     def __init__(self, schedule="linear", timesteps=1000):
         super().__init__()
@@ -116,13 +111,11 @@ class Diffusion(nn.Module):
         alpha_bar = alpha.cumprod(0)  # abar_t = prod_{s<=t} alpha_s
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         for name, value in {
-            "beta": beta,
-            "alpha": alpha,
-            "alpha_bar": alpha_bar,
-            "sqrt_alpha_bar": alpha_bar.sqrt(),
-            "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
-            "posterior_variance": beta * (1 - alpha_bar_prev) / (1 - alpha_bar),  # eq. 7
-        }.items():
+                "beta": beta, "alpha": alpha, "alpha_bar": alpha_bar,
+                "sqrt_alpha_bar": alpha_bar.sqrt(),
+                "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
+                # eq. 7
+                "posterior_variance": beta * (1 - alpha_bar_prev) / (1 - alpha_bar)}.items():
             self.register_buffer(name, value.float())
 
     def q_sample(self, x0, t, eps):
@@ -139,8 +132,7 @@ class Diffusion(nn.Module):
 
         x0, eps: (B, C, H, W).  t: (B,).  Returns (B,): the squared error per dimension,
         1 for a network that always says 0. Averaged over t and eps it is the
-        variational bound below with every term's weight set to 1.
-        """
+        variational bound below with every term's weight set to 1."""
         with autocast(x0.device):
             eps_theta = unet(self.q_sample(x0, t, eps), t)
         return (eps - eps_theta).square().flatten(1).mean(1)  # (B, C, H, W) -> (B,)
@@ -160,8 +152,7 @@ class Diffusion(nn.Module):
           "total" (B,)   their sum
         `simple_loss` drops the weights beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t))
         that make each L_{t-1} a KL divergence (eq. 12): only the weighted sum bounds
-        -log p.
-        """
+        -log p."""
         B, D = x0.shape[0], x0[0].numel()
         generator = torch.Generator().manual_seed(seed)
         x0_64, abar_T = x0.cpu().double(), self.alpha_bar[-1].cpu().double()
@@ -176,8 +167,8 @@ class Diffusion(nn.Module):
                 return xt, tt, eps, unet(xt, tt)
 
         # The steps to compute, and the edges between which each of them stands for all.
-        grid = np.unique(np.geomspace(1, self.T - 1, steps).round()) if steps else None
-        grid = np.arange(1, self.T) if grid is None else grid.astype(int)
+        grid = np.unique(np.geomspace(1, self.T - 1, steps).round()) if steps else range(1, self.T)
+        grid = np.array(grid, dtype=int)
         edges = np.concatenate([[0.5], (grid[1:] + grid[:-1]) / 2, [self.T - 0.5]])
         L_t = torch.zeros(B, len(grid), dtype=torch.float64)
         for i in reversed(range(len(grid))):
@@ -196,8 +187,8 @@ class Diffusion(nn.Module):
         L_0 = -grey_level_log_likelihood(x0_64, mean, self.beta[0].cpu().double().sqrt())
         L_0 = L_0.flatten(1).sum(1)
         total = L_T + L_t @ torch.from_numpy(np.diff(edges)) + L_0
-        nats = D * math.log(2)  # nats per image -> bits per dimension
-        return {"L_T": L_T / nats, "L_t": L_t / nats, "L_0": L_0 / nats, "total": total / nats}
+        bit = D * math.log(2)  # nats per image -> bits per dimension
+        return {"L_T": L_T / bit, "L_t": L_t / bit, "L_0": L_0 / bit, "total": total / bit}
 
     def step(self, unet, xt, t, t_prev, z, eta=0.0, clip=True):
         """One step from t down to t_prev (DDIM eq. 12). t, t_prev: (B,); -1 is clean.
@@ -205,8 +196,7 @@ class Diffusion(nn.Module):
         z: unit noise of x_t's shape.  eta = 0 is deterministic; eta = 1 with t_prev =
         t-1 is DDPM's ancestral step, of mean mu tilde_t and variance beta tilde_t (DDIM
         eq. 16).  clip: keep the predicted x_0 in [-1, 1], where images live and latents
-        do not.
-        """
+        do not."""
         with autocast(xt.device):
             eps = unet(xt, t)
         x0 = self.predict_x0(xt, t, eps)
@@ -229,8 +219,7 @@ class Diffusion(nn.Module):
         DDPM's ancestral sampling.  Image i gets its noise from (seed, i) alone, so
         neither batch_size nor n changes it.  batch_size: None takes 500 on a GPU, 125
         on a CPU, whose caches hold no more.  Raises UserError if S is not in 1 .. T, or
-        if an image is not finite.
-        """
+        if an image is not finite."""
         if steps is not None and not 1 <= steps <= self.T:
             raise UserError(f"sampling steps must be from 1 to {self.T}, not {steps}")
         grid = np.linspace(self.T - 1, 0, steps or self.T).round().astype(int).tolist()
@@ -252,8 +241,7 @@ class Diffusion(nn.Module):
                     bar.update(B)
                 out[start : start + B] = x.cpu()
         if not torch.isfinite(out).all():  # a classifier would count such images as something
-            raise UserError("the network draws images that are not finite: it is broken, or too "
-                            "large for half precision; if it was to unlearn, nothing was written: "
+            raise UserError("the network draws images that are not finite: if it was to unlearn, "
                             "try a larger --gamma or a smaller --lr")
         return out
 
@@ -261,8 +249,7 @@ class Diffusion(nn.Module):
 def training_step(unet, diffusion, optimizer, x0):
     """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W). Returns the loss.
 
-    Where the loss is not a finite number, no step is taken.
-    """
+    Where the loss is not a finite number, no step is taken."""
     t = stratified_timesteps(len(x0), 0, diffusion.T, x0.device)  # (B,)
     loss = diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean()  # DDPM eq. 14
     value = loss.item()
@@ -278,8 +265,10 @@ def training_step(unet, diffusion, optimizer, x0):
 # The checkpoint file: a dictionary of tensors and plain values, by torch.save
 
 
-@dataclass
-class Checkpoint:
+FIELDS = "unet diffusion posterior config data step forgotten path raw"
+
+
+class Checkpoint(namedtuple("Checkpoint", FIELDS)):
     """What load_checkpoint returns.
 
     unet        UNet with the weights theta*, in eval mode, called as unet(x, t)
@@ -289,18 +278,7 @@ class Checkpoint:
     data        which images exactly: {"name", "source", "classes", "excluded", ...}
     step        training steps done
     forgotten   None, or what vdu.py unlearned, from which checkpoint, and how
-    raw         the file's whole dictionary
-    """
-
-    unet: UNet
-    diffusion: Diffusion
-    posterior: dict | None
-    config: dict
-    data: dict
-    step: int
-    forgotten: dict | None
-    path: str
-    raw: dict
+    raw         the file's whole dictionary"""
 
 
 def build(config, device="cpu"):
@@ -317,29 +295,28 @@ def load_checkpoint(path, device="cpu"):
 
     Returns a Checkpoint, its network on `device`. Raises UserError if the file is
     missing, cut short, not weights, in none of these layouts, or holds a number that is
-    not finite.
-    """
+    not finite."""
     raw = read_file(path)
     try:
         raw = from_published(raw, path) or raw
-        config, posterior = raw["config"], raw.get("posterior")
-        unet, diffusion = build(config, device)
+        posterior, needed = raw.get("posterior"), ("name", "source", "classes", "excluded")
+        unet, diffusion = build(raw["config"], device)
         unet.load_state_dict(raw["weights"])
         tensors = dict(unet.state_dict())
         if posterior:
-            mean, std = ({k: v.float() for k, v in posterior[m].items()} for m in ("mean", "std"))
-            posterior = {"mean": mean, "std": std, "n": int(posterior["n"])}
+            posterior = {m: {k: v.float() for k, v in posterior[m].items()}
+                         for m in ("mean", "std")} | {"n": int(posterior["n"])}
             for k, p in unet.named_parameters():  # a std may be one number for a whole tensor
-                tensors[f"posterior's {k}"] = std[k] + mean[k].view(p.shape)
-        data = {"root": None, **raw["data"]}
-        data["name"], data["source"], data["classes"], data["excluded"]  # all else relies on them
-        checkpoint = Checkpoint(unet.eval(), diffusion, posterior, config, data, int(raw["step"]),
-                                raw.get("forgotten"), os.fspath(path), raw)
+                both = posterior["std"][k] + posterior["mean"][k].view(p.shape)
+                tensors[f"posterior's {k}"] = both
+        data = {"root": None, **{k: raw["data"][k] for k in needed}, **raw["data"]}
+        checkpoint = Checkpoint(unet.eval(), diffusion, posterior, raw["config"], data,
+                                int(raw["step"]), raw.get("forgotten"), os.fspath(path), raw)
     except UserError:
         raise
     except Exception as e:  # a file may hold anything under any name
-        raise UserError(f"{path} is not a checkpoint of this repository, nor DDPM's published "
-                        f"weights ({type(e).__name__}: {first_line(e)[:120]})") from e
+        what = f"{type(e).__name__}: {first_line(e)[:120]}"
+        raise UserError(f"{path} holds no model of this code, nor DDPM's weights ({what})") from e
     check_finite(path, tensors)
     return checkpoint
 
@@ -371,9 +348,6 @@ class StandIn:
         # torch's reader fills no mapping but its own; numpy's arrays set a state.
         return super().__new__(cls) if cls.__module__.startswith("numpy") else OrderedDict()
 
-    def __init__(self, *args, **kwargs):
-        pass
-
     def __setstate__(self, state):
         pass
 
@@ -384,8 +358,7 @@ def read_file(path, lazy=False, make_one="train one with: python train_ddpm.py -
     torch.load(weights_only=True) never executes what a pickle asks for. Objects of other
     packages beside the weights (a trainer's callbacks, arguments, dates, paths) are read
     as StandIns; torch refuses any other. lazy=True leaves the numbers on disk until they
-    are used. Raises UserError for a file that is missing, damaged, or refused.
-    """
+    are used. Raises UserError for a file that is missing, damaged, or refused."""
     if not os.path.isfile(path):
         what = "it is a folder, name a file in it" if os.path.isdir(path) else make_one
         raise UserError(f"no checkpoint at {path}: {what}")
@@ -395,19 +368,16 @@ def read_file(path, lazy=False, make_one="train one with: python train_ddpm.py -
                 return read_safetensors(path)
         is_zip = zipfile.is_zipfile(path)  # torch's format since 1.6: it can be listed and mapped
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        own = {*sys.stdlib_module_names, "torch"} - {"argparse", "collections", "datetime",
-                                                     "pathlib", "typing"}
+        own = {*sys.stdlib_module_names, "torch"} - {"argparse", "datetime", "pathlib", "typing"}
         split = [name.rpartition(".") for name in names if name.split(".")[0] not in own]
         stand_ins = [type(last, (StandIn,), {"__module__": module}) for module, _, last in split]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy and is_zip)
     except pickle.UnpicklingError as e:
-        asks = re.search(r"GLOBAL ([\w.]+)", str(e))
-        raise UserError(f"{path} was refused: it is not a file of weights, or "
-                        f"asks for {asks[1] if asks else 'other Python objects'}") from e
+        asks = re.findall(r"GLOBAL ([\w.]+)", str(e)) or ["other Python objects"]
+        raise UserError(f"{path} was refused: no file of weights, or it asks for {asks[0]}") from e
     except Exception as e:  # over other bytes a reader of pickles can fail in any way
-        raise UserError(f"{path} is damaged or cut short, or not a file of weights "
-                        f"({first_line(e)[:80]})") from e
+        raise UserError(f"{path} is damaged or cut short ({first_line(e)[:80]})") from e
 
 
 # The safetensors format: 8 bytes that count the header's, the header in JSON (name ->
@@ -459,86 +429,64 @@ NAMES = [row.split() for row in """
     .out_layers.3.      .conv2.             .conv2.
     .skip_connection.   .nin_shortcut.      .conv_shortcut.
     .norm.              .norm.              .group_norm.
-    .q.                 .q.                 .query.
-    .k.                 .k.                 .key.
-    .v.                 .v.                 .value.
-    .proj_out.          .proj_out.          .proj_attn.
+    .q.                 .q.                 .to_q.
+    .k.                 .k.                 .to_k.
+    .v.                 .v.                 .to_v.
+    .proj_out.          .proj_out.          .to_out.0.
 """.strip().splitlines()]
-NEW_SPELLING = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."),
-                (".to_out.0.", ".proj_attn."))
-# diffusers' config.json: its defaults, and what google/ddpm-cifar10-32's says besides.
-# The settings of the first line are the only ones that unet.py can be.
+OLD_SPELLING = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
+                ".proj_attn.": ".to_out.0."}
+# diffusers' config.json: what unet.py can be alone; what google/ddpm-cifar10-32 is; and
+# what stands for an entry that is left out.
 FIXED = {"act_fn": "silu", "norm_num_groups": 32, "resnet_time_scale_shift": "default",
          "mid_block_scale_factor": 1, "time_embedding_type": "positional", "add_attention": True,
          "center_input_sample": False, "class_embed_type": None, "num_class_embeds": None}
+DDPM_CONFIG = {"attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
+               "flip_sin_to_cos": False, "freq_shift": 1, "sample_size": None}
 DEFAULTS = {**FIXED, "attention_head_dim": 8, "norm_eps": 1e-5, "downsample_padding": 1,
             "flip_sin_to_cos": True, "freq_shift": 0, "sample_size": None}
-DDPM_CONFIG = {**FIXED, "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
-               "flip_sin_to_cos": False, "freq_shift": 1, "sample_size": None}
 
 
 def read_config(path):
     """The config.json beside diffusers' weights, or DDPM's own where there is none.
 
-    Raises UserError for a network that unet.py cannot be.
-    """
+    Raises UserError for a network that unet.py cannot be."""
     path = Path(path).with_name("config.json")
     if not path.exists():
-        print(f"no {path}: assuming the settings of google/ddpm-cifar10-32; if the network has "
-              "others, put its config.json there")
+        print(f"no {path}: assuming the settings of google/ddpm-cifar10-32's")
         return DDPM_CONFIG
     try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
-        config = {**DEFAULTS, **{k: v for k, v in given.items()
-                                 if v is not None or DDPM_CONFIG.get(k, 0) is None}}
+        said = json.loads(path.read_text(encoding="utf-8-sig"))
+        config = DEFAULTS | {k: v for k, v in said.items() if v is not None or k in (
+            "attention_head_dim", "sample_size")}  # null says something there alone
         height, width = np.broadcast_to(config["sample_size"] or 0, 2).tolist()
-        embedding = (config["flip_sin_to_cos"], config["freq_shift"])
-        fits = {**{k: config[k] == v for k, v in FIXED.items()}, "sample_size": height == width,
-                "downsample_padding": config["downsample_padding"] in (0, 1),
-                "freq_shift": embedding in ((False, 1), (True, 0))}
-        wrong = [f"{k} = {config[k]}" for k, is_right in fits.items() if not is_right]
-        if wrong:
-            raise ValueError(f"it says {', '.join(wrong)}")
+        possible = {**{k: [v] for k, v in FIXED.items()}, "downsample_padding": (0, 1),
+                    "freq_shift": [0 if config["flip_sin_to_cos"] else 1]}
+        wrong = [f"{k} = {config[k]}" for k, values in possible.items() if config[k] not in values]
+        if wrong or height != width:
+            raise ValueError(f"it says {', '.join(wrong) or f'sample_size = {height}, {width}'}")
         return {**config, "sample_size": height or None, "norm_eps": float(config["norm_eps"])}
     except (AttributeError, TypeError, ValueError) as e:
         raise UserError(f"{path} is not of a network like DDPM's: {first_line(e)}") from e
 
 
-def published_names(unet, diffusers):
-    """{our name: their names, three where unet.py keeps q, k and v as one tensor}.
+def published_name(ours, levels, blocks, diffusers):
+    """Their name of a tensor of unet.py; q, k and v apart (".q." in place of ".qkv.").
 
-    Both layouts count residual blocks and attention by level, where unet.py counts
-    blocks: so it walks along those.
-    """
-    s, resnet, attention, down, up = (
-        ("_blocks", "resnets", "attentions", "downsamplers.0", "upsamplers.0") if diffusers
-        else ("", "block", "attn", "downsample", "upsample"))
-    pairs, level, i = [], 0, 0
-    for n, block in list(enumerate(unet.input_blocks))[1:]:
-        place = f"down{s}.{level}"
-        if isinstance(block[0], Downsample):
-            pairs.append((f"input_blocks.{n}.0.op.", f"{place}.{down}.conv."))
-            level, i = level + 1, -1
-        pairs += [(f"input_blocks.{n}.0.", f"{place}.{resnet}.{i}."),
-                  (f"input_blocks.{n}.1.", f"{place}.{attention}.{i}.")]
-        i += 1
-    levels, i = level, 0
-    for n, block in enumerate(unet.output_blocks):
-        place = f"up{s}.{levels - level if diffusers else level}"  # theirs from the coarsest
-        for j, layer in enumerate(block):
-            kind = f"{resnet if isinstance(layer, ResBlock) else attention}.{i}"
-            pairs.append((f"output_blocks.{n}.{j}.",
-                          f"{place}.{up if isinstance(layer, Upsample) else kind}."))
-        i += 1
-        if isinstance(block[-1], Upsample):
-            level, i = level - 1, 0
-    names = {}
-    for ours in unet.state_dict():
-        split = "qkv" if ".qkv." in ours else [""]
-        names[ours] = [ours.replace(".qkv.", f".{x}.") for x in split]
-        for old, new in [*pairs, *((row[0], row[1 + diffusers]) for row in NAMES)]:
-            names[ours] = [name.replace(old, new) for name in names[ours]]
-    return names
+    levels, blocks: how many levels the network has, and residual blocks per level on the
+    way down. Both layouts count blocks and attention by level, where unet.py counts
+    blocks: blocks + 1 to a level, the last of which is Downsample on the way down."""
+    m = re.match(r"(in|out)put_blocks\.(\d+)\.(\d)\.(op|conv)?", ours)
+    if m and not ours.startswith("input_blocks.0."):
+        way = "down" if m[1] == "in" else "up"
+        level, i = divmod(int(m[2]) - (way == "down"), blocks + 1)  # input_blocks.0 is conv_in
+        level = level if diffusers or way == "down" else levels - 1 - level  # up: coarsest first
+        part = (("resnets", "attentions") if diffusers else ("block", "attn"))[int(m[3]) % 2]
+        part = f"{way}sample{'rs.0' * diffusers}.conv" if m[4] else f"{part}.{i}."
+        ours = f"{way}{'_blocks' * diffusers}.{level}.{part}{ours[m.end():]}"
+    for row in NAMES:
+        ours = ours.replace(row[0], row[1 + diffusers])
+    return ours
 
 
 def from_published(raw, path):
@@ -548,11 +496,10 @@ def from_published(raw, path):
     What no tensor tells, a config.json beside diffusers' weights does; where nothing
     says the size of the images, it is read off where the network attends, which is at
     16x16 in every DDPM (Ho et al. 2020, appendix B). Raises ValueError that names what
-    is missing, of another shape, or of a class-conditional network.
-    """
+    is missing, of another shape, or of a class-conditional network."""
     tensors = state_dict_of(raw)
-    for new, old in NEW_SPELLING:
-        tensors = {name.replace(new, old): v for name, v in tensors.items()}
+    for old, new in OLD_SPELLING.items():
+        tensors = {name.replace(old, new): v for name, v in tensors.items()}
     if any(k.startswith("model.diffusion_model.") for k in tensors):
         raise UserError(f"{path} is a Stable Diffusion checkpoint: sd_unlearn.py is for those")
     diffusers = "time_embedding.linear_1.weight" in tensors
@@ -563,40 +510,38 @@ def from_published(raw, path):
     # The network's sizes: levels, blocks and attention by name, widths by shape.
     pattern = re.compile(r"down(?:_blocks)?\.(\d+)\.(block|resnets|attn|attentions)\.(\d+)\."
                          r"(?:conv1|norm|group_norm)\.weight")
-    found = {(int(m[1]), int(m[3]), m[2][0]): v for k, v in tensors.items()
+    found = {(m[2][0], int(m[1]), int(m[3])): v for k, v in tensors.items()
              if (m := pattern.match(k))}
-    levels, blocks = (1 + max(key[i] for key in found) for i in (0, 1))
-    attention = sorted({2**level for level, _, kind in found if kind == "a"})
-    width, in_channels = tensors["conv_in.weight"].shape[:2]
-    widths = [v.shape[0] // width for (_, i, kind), v in sorted(found.items(), key=lambda x: x[0])
-              if i == 0 and kind != "a"]
-    sizes = dict(in_channels=in_channels, model_channels=width, channel_mult=widths[:levels],
-                 num_res_blocks=blocks, attention_resolutions=attention, num_heads=1,
-                 head_channels=config["attention_head_dim"], dropout=0.1,
-                 norm_eps=config["norm_eps"], sin_first=not config["flip_sin_to_cos"],
-                 pad_end=config["downsample_padding"] == 0)
+    (width, in_channels), levels = tensors["conv_in.weight"].shape[:2], 1 + max(k[1] for k in found)
+    attention = sorted({2**level for kind, level, _ in found if kind == "a"})
+    first = "r" if diffusers else "b"  # of "resnets", of "block"
+    sizes = dict(in_channels=in_channels, model_channels=width, dropout=0.1, num_heads=1,
+                 channel_mult=[found[first, i, 0].shape[0] // width for i in range(levels)],
+                 num_res_blocks=1 + max(k[2] for k in found), attention_resolutions=attention,
+                 head_channels=config["attention_head_dim"], norm_eps=config["norm_eps"],
+                 sin_first=not config["flip_sin_to_cos"], pad_end=config["downsample_padding"] == 0)
     with torch.device("meta"):
         unet = UNet(**sizes)
 
     # Every tensor of the network has its place; a trainer's leftovers may have none.
-    names, shapes = published_names(unet, diffusers), unet.state_dict()
+    shapes, names = unet.state_dict(), {}
+    for ours in shapes:
+        split = [ours.replace(".qkv.", f".{x}.") for x in "qkv"] if ".qkv." in ours else [ours]
+        names[ours] = [published_name(name, levels, sizes["num_res_blocks"], diffusers)
+                       for name in split]
     wanted = {name for theirs in names.values() for name in theirs}
-    extra = sorted(set(tensors) - wanted)
     parts = {name.split(".")[0] for name in wanted} | {"class_embedding", "label_emb"}
-    unread = [name for name in extra if name.split(".")[0] in parts]
-    for what, some in (("lacks", sorted(wanted - set(tensors))), ("has, unlike DDPM's,", unread)):
+    extra = sorted(name for name in tensors if name not in wanted and name.split(".")[0] in parts)
+    for what, some in (("lacks", sorted(wanted - set(tensors))), ("has, unlike DDPM's,", extra)):
         if some:
             raise ValueError(f"the network {what} {len(some)} tensors: {', '.join(some[:3])}")
-    if extra:
-        print(f"not reading {len(extra)} tensors beside the network's: {', '.join(extra[:5])}")
     # attention as a matrix or as a 1x1 convolution: the same numbers
     weights = {ours: torch.cat([tensors[name].float() for name in theirs]).view(shapes[ours].shape)
                for ours, theirs in names.items()}
 
     size = config["sample_size"] or 16 * (attention or [2])[0]
     cifar10 = (in_channels, size) == (3, 32)
-    print(f"{path}: published weights; taken to be of images of {size}x{size}, trained with the "
-          f"linear schedule of 1,000 steps{', and CIFAR-10' * cifar10}")
+    print(f"{path}: published weights, taken to be of {'CIFAR-10, ' * cifar10}{size}x{size} pixels")
     return {"weights": weights, "step": 0, "posterior": None,
             "config": {"unet": sizes, "schedule": "linear", "timesteps": 1000, "velocity": False,
                        "image_shape": (in_channels, size, size)},
@@ -609,13 +554,11 @@ def state_dict_of(raw):
     """{name: tensor} of what a file holds: of itself, or below the name that trainers use.
 
     Without the prefix that DataParallel ("module.") or torch.compile ("_orig_mod.") puts
-    before every name.
-    """
+    before every name."""
+    raw = raw if isinstance(raw, dict) else {}
     for key in ("state_dict", "model_state_dict", "ema", "model"):
-        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
-            raw = raw[key]
-    tensors = raw.items() if isinstance(raw, dict) else ()
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(k)): v for k, v in tensors
+        raw = raw[key] if isinstance(raw.get(key), dict) else raw
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(k)): v for k, v in raw.items()
             if isinstance(v, torch.Tensor)}
 
 
@@ -646,8 +589,8 @@ def run_command_line(main):
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise
-        print("error: out of memory: try a smaller --batch-size, --image-size or --anchors, or a "
-              "--device with more", file=sys.stderr)
+        print("error: out of memory: try a smaller --batch-size, --image-size or --anchors",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -657,43 +600,35 @@ def run_command_line(main):
 def number(kind, low, high=math.inf):
     """An argparse `type`: a `kind` (int or float) from low to high, and finite."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or abs(value) == math.inf:  # nan is inside of nothing
-            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, "
-                                             f"not {text!r}")
+        value = kind(text)  # where this fails, argparse says so
+        if not low <= value <= high or value == math.inf:  # nan is inside of nothing
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
         return value
 
+    parse.__name__ = kind.__name__
     return parse
 
 
 def add_shared_flags(parser):
     """The flags that all commands have."""
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
-                        help="repeats a run on the same machine (default: 0)")
-    parser.add_argument("--device", default="auto",
-                        help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="default: 0")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
 def check_outputs(paths, overwrite, endings=None):
     """Raise UserError, before any work, for what may not or cannot be written.
 
     endings: those that the file's name may have, for a file whose kind a reader would
-    tell by its name.
-    """
+    tell by its name."""
     for text in map(os.fspath, paths):
         path = Path(text)
         if path.is_dir() or text.endswith(("/", os.sep)):
             raise UserError(f"{text} is a folder, and a file is to be written: name the file")
         if endings and path.suffix.lower() not in endings:
-            raise UserError(f"{text} is not a name for what will be written: let it end in "
-                            f"{' or '.join(endings)}")
+            raise UserError(f"{text} has to end in {' or '.join(endings)}, for what it will hold")
         if path.exists() and not overwrite:
-            raise UserError(f"{text} exists already; add --overwrite to replace it, or choose "
-                            "another --output")
+            raise UserError(f"{text} exists already: choose another --output, or add --overwrite")
         folder = next(p for p in path.absolute().parents if p.exists())
         if not os.access(folder, os.W_OK) or not folder.is_dir() or len(path.name.encode()) > 240:
             raise UserError(f"{text} cannot be written; choose another --output")
@@ -704,8 +639,7 @@ def write_atomically(path, write):
 
     The bytes go to a temporary file beside it, which then takes the name in one step: a
     crash, Ctrl-C or a full disk leaves the old file as it was. Raises UserError when it
-    cannot be written.
-    """
+    cannot be written."""
     path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -716,12 +650,9 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        kept = ", the file that was there is untouched" if os.path.exists(path) else ""
-        raise UserError(f"cannot write {path} ({first_line(e)}){kept}; free some space or choose "
-                        "another --output") from e
+        raise UserError(f"cannot write {path} ({first_line(e)}); any old file is untouched") from e
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 class StopRequest:
@@ -752,16 +683,13 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"device {name!r} cannot be used here ({first_line(e)[:80]}); try --device "
-                        "cpu") from e
+        raise UserError(f"no device {name!r} here ({first_line(e)[:80]}); try --device cpu") from e
     return device
 
 
 def autocast(device):
     """Autocast to bfloat16 where that is fast: recent CUDA GPUs, CPUs with AVX512-BF16."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+    kind = torch.device(device).type
+    fast = (kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+            or kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(kind, torch.bfloat16) if fast else contextlib.nullcontext()

@@ -14,20 +14,19 @@ Paper    VDU (arXiv 2510.04058), experiments: PUL (percentage of unlearning) and
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
-import time
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models import Inception_V3_Weights, inception_v3
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (UserError, add_shared_flags, autocast, check_outputs, digest, first_line,
+from ddpm import (UserError, add_shared_flags, autocast, check_outputs, digest,
                   load_checkpoint, number, pick_device, read_file, run_command_line,
                   save_checkpoint, training_step, write_atomically)
 from train_ddpm import (class_indices, load_data_of, mirror_half, title_of, to_float,
@@ -41,8 +40,7 @@ def percentage_of_unlearning(n_before, n_after):
     """PUL = 100 (n_before - n_after) / n_before, of the forgotten class (VDU).
 
     100 when none is left, 0 when nothing changed, below 0 when there are more. nan if
-    there was none to begin with.
-    """
+    there was none to begin with."""
     return 100 * (n_before - n_after) / n_before if n_before else math.nan
 
 
@@ -51,8 +49,7 @@ def frechet_distance(features_a, features_b):
 
     features: (N, d).  Returns a float (Dowson & Landau 1982; FID, Heusel et al. 2017).
     In float64, and by the symmetric form of the root: its eigenvalues are real and not
-    negative but for rounding, where the usual sqrtm(C_a C_b) can turn complex.
-    """
+    negative but for rounding, where the usual sqrtm(C_a C_b) can turn complex."""
     a, b = features_a.double().cpu(), features_b.double().cpu()
     mean_a, mean_b = a.mean(0), b.mean(0)  # (d,)
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)  # (d, d)
@@ -82,8 +79,7 @@ def drift_of_noise(counts, forgotten):
     """The drift to expect between two independent sets of samples of one model.
 
     Shares of n samples differ by a Gaussian of variance 2 p (1 - p) / n, whose mean
-    absolute value is sqrt(2 / pi) times its deviation.
-    """
+    absolute value is sqrt(2 / pi) times its deviation."""
     n = max(1, sum(n for i, n in enumerate(counts) if i not in forgotten))
     shares = class_shares(counts, forgotten).values()
     return sum(math.sqrt(2 * p * (1 - p) / n * 2 / math.pi) for p in shares) / 2
@@ -97,32 +93,7 @@ def worst_kept(counts_before, counts_after, forgotten):
 
 
 # --------------------------------------------------------------------------------------
-# The features: of a small classifier, which also counts; or of Inception
-
-
-def load_inception(device):
-    """torchvision's Inception v3, ending at its 2048 pooled features.
-
-    The original FID (Heusel et al. 2017) uses the TensorFlow Inception of 2015: other
-    weights, pooling that leaves the border out, another resizing. Compare figures
-    within this code only. Raises OSError or RuntimeError where the weights cannot be had.
-    """
-    network = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)  # 104 MB, once
-    network.fc = nn.Identity()
-    return network.eval().to(device)
-
-
-@torch.inference_mode()
-def inception_features(network, images, batch_size=50):
-    """uint8 images (N, 3, H, W) -> (N, 2048), by load_inception's network."""
-    mean = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)  # ImageNet's
-    std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-    device, features = next(network.parameters()).device, []
-    for chunk in tqdm(images.split(batch_size), desc="Inception features", unit="batch",
-                      disable=len(images) < 1000):
-        x = F.interpolate(chunk.float() / 255, size=(299, 299), mode="bilinear", antialias=True)
-        features.append(network(((x - mean) / std).to(device)).float().cpu())
-    return torch.cat(features)
+# The classifier of a dataset: it counts, and its features are what u-FID compares
 
 
 class Classifier(nn.Module):
@@ -202,32 +173,25 @@ def features_and_probabilities(classifier, images, device):
     return torch.cat(features), torch.cat(probabilities)
 
 
-def get_classifier(checkpoint, images, labels, data_root, device, folder="checkpoints"):
+def get_classifier(checkpoint, images, labels, test_images, test_labels, device):
     """(the dataset's classifier, its test accuracy): trained once, and kept in a file.
 
     images, labels: the training images, of every class; their digest is in the file's
-    name. Without a test part, every fifth of them is held out to test on.
-    """
-    data, image_shape = checkpoint.data, tuple(images.shape[1:])
-    path = Path(folder) / f"classifier-{title_of(data)}-{digest([images, labels])}.pt"
+    name. Without a test part (None), every fifth of them is held out to test on."""
+    data = checkpoint.data
+    path = Path("checkpoints") / f"classifier-{title_of(data)}-{digest([images, labels])}.pt"
     torch.manual_seed(0)
-    classifier = Classifier(image_shape, len(data["classes"])).to(device)
+    classifier = Classifier(tuple(images.shape[1:]), len(data["classes"])).to(device)
     if path.exists():
         saved = read_file(path)
-        try:
-            classifier.load_state_dict(saved["classifier"])
-            return classifier.eval(), float(saved["accuracy"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{path} is not the classifier that its name says: remove it, and it "
-                            "is trained anew") from e
-    test_images, test_labels = load_data_of(checkpoint, data_root, train=False)
+        classifier.load_state_dict(saved["classifier"])
+        return classifier.eval(), saved["accuracy"]
     if test_images is None:
         held_out = torch.arange(len(images)) % 5 == 0
         test_images, test_labels = images[held_out], labels[held_out]
         images, labels = images[~held_out], labels[~held_out]
     if len(images) < 8:
-        raise UserError(f"a classifier cannot learn from {len(images)} images: evaluate.py needs "
-                        "more of the dataset")
+        raise UserError(f"no classifier can learn from {len(images)} images: it needs more of them")
     train_classifier(classifier, images, labels, device)
     predicted = features_and_probabilities(classifier.eval(), test_images, device)[1].argmax(1)
     accuracy = (predicted == test_labels).float().mean().item()
@@ -241,66 +205,40 @@ def get_classifier(checkpoint, images, labels, data_root, device, folder="checkp
 
 class Judge:
     """What models of one parent are measured with: the classifier of its dataset, the
-    features of its real images, and the parent's own samples.
+    features of its real images, and the parent's own samples."""
 
-    features: "auto", "inception" or "classifier", what u-FID compares.
-    """
-
-    def __init__(self, checkpoint, device, data_root, features):
-        self.checkpoint, self.device, self.inception = checkpoint, device, None
+    def __init__(self, checkpoint, device, data_root):
+        self.checkpoint, self.device = checkpoint, device
         self.images, self.labels = load_data_of(checkpoint, data_root)
+        self.test = load_data_of(checkpoint, data_root, train=False)
         self.classifier, self.accuracy = get_classifier(checkpoint, self.images, self.labels,
-                                                        data_root, device)
-        test = load_data_of(checkpoint, data_root, train=False)
-        self.test = (self.images, self.labels) if test[0] is None else test
-        colour = self.images.shape[1] == 3
-        if features == "inception" or (features == "auto" and colour):
-            try:
-                self.inception = load_inception(device)
-            except (OSError, RuntimeError) as e:
-                url = Inception_V3_Weights.IMAGENET1K_V1.url
-                text = (f"Inception v3's weights cannot be had ({first_line(e)}); where there is a "
-                        f"network, fetch {url} into {Path(torch.hub.get_dir()) / 'checkpoints'}")
-                if features == "inception":
-                    raise UserError(text) from e
-                print(f"u-FID in the classifier's features: {text}")
-        self.real_features, _ = self.look_at(self.images)
+                                                        *self.test, device)
+        if self.test[0] is None:
+            self.test = self.images, self.labels
+        self.real_features, _ = features_and_probabilities(self.classifier, self.images, device)
         self.samples, self.before = None, {}  # the parent's; what was measured, by class
-
-    def look_at(self, images):
-        """uint8 images (N, C, H, W) -> features (N, d), probabilities (N, classes)."""
-        features, probabilities = features_and_probabilities(self.classifier, images, self.device)
-        if self.inception is not None:
-            features = inception_features(self.inception, images)
-        return features, probabilities
 
     def measure(self, samples, forgotten, model, bits):
         """All that is reported of one model's samples (N, C, H, W) uint8: a dict.
 
         forgotten: indices of classes.  bits: how many forgotten and retained test images
         to bound -log p of, in bits per dimension: what the method claims to change, and
-        to keep. The same images, t and eps for every model.
-        """
-        retained = ~torch.isin(self.labels, torch.tensor(forgotten))
-        if retained.sum() < 2:
-            raise UserError("u-FID needs at least two real images of the classes that stay, and "
-                            f"there are {int(retained.sum())}")
-        features, probabilities = self.look_at(samples)
-        classes = self.checkpoint.data["classes"]
+        to keep. The same images, t and eps for every model."""
+        features, probabilities = features_and_probabilities(self.classifier, samples, self.device)
+        classes, gone = self.checkpoint.data["classes"], torch.tensor(forgotten)
         counts = probabilities.argmax(1).bincount(minlength=len(classes)).tolist()
+        stays = ~torch.isin(self.labels, gone)
         result = {"counts": dict(zip(classes, counts)),
                   "forgotten_count": sum(counts[i] for i in forgotten),
                   "mean_confidence": probabilities.max(1).values.mean().item(),
-                  "u_fid": frechet_distance(features, self.real_features[retained])}
-        images, labels = self.test
-        generator, gone = torch.Generator().manual_seed(0), torch.isin(labels,
-                                                                       torch.tensor(forgotten))
-        for name, mask in (("bits_forgotten", gone), ("bits_retained", ~gone)):
-            of_kind = mask.nonzero().flatten()
+                  "u_fid": frechet_distance(features, self.real_features[stays])}
+        generator, mask = torch.Generator().manual_seed(0), torch.isin(self.test[1], gone)
+        for name, of_kind in (("bits_forgotten", mask), ("bits_retained", ~mask)):
+            of_kind = of_kind.nonzero().flatten()
             chosen = of_kind[torch.randperm(len(of_kind), generator=generator)[:bits]]
             result[name] = math.nan
             if len(chosen):
-                x0 = to_float(images[chosen]).to(self.device)
+                x0 = to_float(self.test[0][chosen]).to(self.device)
                 bound = model.diffusion.variational_bound(model.unet, x0, 40)
                 result[name] = bound["total"].mean().item()
         return result
@@ -309,7 +247,7 @@ class Judge:
 def compare(judge, after, names, args):
     """(report, samples) of the models before and after; names: forgotten classes."""
     parent, classes = judge.checkpoint, after.data["classes"]
-    forgotten = [classes.index(name) for name in names]
+    key = tuple(classes.index(name) for name in names)
 
     def draw(model):  # the same noise for every model
         print(f"sampling from {model.path}")
@@ -319,86 +257,74 @@ def compare(judge, after, names, args):
 
     judge.samples = draw(parent) if judge.samples is None else judge.samples
     samples = {"before": judge.samples, "after": draw(after)}
-    if tuple(forgotten) not in judge.before:
-        judge.before[tuple(forgotten)] = judge.measure(judge.samples, forgotten, parent, args.bits)
-    a, b = (judge.before[tuple(forgotten)],
-            judge.measure(samples["after"], forgotten, after, args.bits))
+    if key not in judge.before:
+        judge.before[key] = judge.measure(judge.samples, key, parent, args.bits)
+    a, b = judge.before[key], judge.measure(samples["after"], key, after, args.bits)
     counts = [list(r["counts"].values()) for r in (a, b)]
-    worst, left = worst_kept(*counts, forgotten)
+    worst, left = worst_kept(*counts, key)
     return {
         "forgotten": names,
         "PUL": percentage_of_unlearning(a["forgotten_count"], b["forgotten_count"]),
         "u_fid_ratio": b["u_fid"] / a["u_fid"],
-        "drift": drift(*counts, forgotten),
-        "drift_of_noise": drift_of_noise(counts[0], forgotten),
+        "drift": drift(*counts, key),
+        "drift_of_noise": drift_of_noise(counts[0], key),
         "worst_kept": {"class": None if worst is None else classes[worst], "share_left": left},
         "recognisable": b["mean_confidence"] >= 0.8 * a["mean_confidence"],
         "before": {"checkpoint": parent.path, **a},
         "after": {"checkpoint": after.path, **b},
-        "u_fid_features": "the classifier's" if judge.inception is None else "Inception v3's",
-        "classifier_accuracy": judge.accuracy, "samples": args.samples,
-        "sampling_steps": args.sampling_steps, "seed": args.seed,
-        "data": parent.data, "unlearning": after.forgotten,
+        "classifier_accuracy": judge.accuracy, "settings": vars(args), "data": parent.data,
+        "unlearning": after.forgotten,
     }, samples
 
 
 def print_table(reports):
     """A row per model: what README's tables show."""
     width = 2 + max(len(r["after"]["checkpoint"]) for r in reports)
-    print(f"{'':{width}}{'forgotten':>12}{'of it':>12}{'PUL':>8}{'u-FID':>16}{'drift':>7}"
-          f"{'worst kept':>18}{'bits D_f':>14}{'bits D_r':>14}{'confidence':>14}")
+    titles = "forgotten PUL u-FID drift worst_kept bits_of_D_f bits_of_D_r confidence".split()
+    print(" " * width + "".join(f"{title:>16}" for title in titles))
     for r in reports:
         a, b, worst = r["before"], r["after"], r["worst_kept"]
-        arrow = lambda key, form: f"{a[key]:{form}} -> {b[key]:{form}}"
-        fid = f"{b['u_fid']:.1f} ({r['u_fid_ratio']:.2f}x)"
-        kept = f"{str(worst['class'])[:11]}, {100 * worst['share_left']:.0f}%"
-        print(f"{b['checkpoint']:{width}}{', '.join(r['forgotten'])[:11]:>12}"
-              f"{arrow('forgotten_count', 'd'):>12}{r['PUL']:7.1f}%{fid:>16}{r['drift']:7.3f}"
-              f"{kept:>18}{arrow('bits_forgotten', '.2f'):>14}{arrow('bits_retained', '.2f'):>14}"
-              f"{arrow('mean_confidence', '.2f'):>14}")
-    r = reports[0]
-    print(f"{r['samples']} samples each, {r['sampling_steps']} steps, seed {r['seed']}; two sets "
-          f"of samples of one model would drift by {r['drift_of_noise']:.3f}; u-FID in "
-          f"{r['u_fid_features']} features; classifier accuracy "
-          f"{100 * r['classifier_accuracy']:.2f}%")
-    for r in reports:
+        cells = [", ".join(r["forgotten"])[:14], f"{r['PUL']:.1f}%",
+                 f"{b['u_fid']:.1f} ({r['u_fid_ratio']:.2f}x)", f"{r['drift']:.3f}",
+                 f"{str(worst['class'])[:9]}, {100 * worst['share_left']:.0f}%",
+                 *(f"{a[key]:.2f} -> {b[key]:.2f}"
+                   for key in ("bits_forgotten", "bits_retained", "mean_confidence"))]
+        print(f"{b['checkpoint']:{width}}" + "".join(f"{cell:>16}" for cell in cells))
         if not r["recognisable"]:
-            print(f"WARNING: in samples of {r['after']['checkpoint']} the classifier recognises "
-                  "much less than before: the model draws something else, and PUL counts that as "
-                  "forgotten; look at after.png")
+            print("  WARNING: the classifier is much less sure than before: look at after.png")
+    print(f"classifier accuracy {100 * r['classifier_accuracy']:.2f}%; two sets of samples of one "
+          f"model would drift by {r['drift_of_noise']:.3f}")
 
 
-def relearning(judge, models, names, steps, args, images=100, lr=2e-4):
+def relearning(judge, models, names, args, images=100, lr=2e-4):
     """How fast the class comes back as DDPM's training goes on, on images of it alone.
 
     Weights that no longer draw a class may still hold it. A model that never saw the
     class has to learn it from these few images; one that only hides it needs fewer
-    steps. models: {name: Checkpoint}, spent afterwards.  steps: the last step; counted
-    at tenths of it.  images: how many.  Returns {"steps", "images", "samples", and per
-    model the shares of samples that are counted as the class}.
-    """
+    steps. models: {name: Checkpoint}, spent afterwards.  images: how many.  Returns
+    {"steps", "images", "samples", and per model the shares counted as the class}."""
     forgotten = torch.tensor([judge.checkpoint.data["classes"].index(name) for name in names])
     of_class = torch.isin(judge.labels, forgotten).nonzero().flatten()
     generator = torch.Generator().manual_seed(args.seed)
     chosen = of_class[torch.randperm(len(of_class), generator=generator)[:images]]
     x = to_float(judge.images[chosen]).to(judge.device)  # (K, C, H, W)
-    marks = sorted({round(steps * share) for share in (0, 0.1, 0.25, 0.5, 1)})
+    marks = sorted({round(args.relearn * share) for share in (0, 0.1, 0.25, 0.5, 1)})
     result = {"steps": marks, "images": len(x), "samples": min(args.samples, 500)}
     for name, model in models.items():
         result[name] = []
         optimizer = torch.optim.AdamW(model.unet.parameters(), lr, betas=(0.9, 0.99),
                                       weight_decay=0.0)
         torch.manual_seed(args.seed)
-        for step in tqdm(range(steps + 1), desc=f"relearning ({name})", unit="step"):
+        for step in tqdm(range(marks[-1] + 1), desc=f"relearning ({name})", unit="step"):
             if step in marks:
                 drawn = model.diffusion.sample(model.unet, result["samples"], tuple(x.shape[1:]),
                                                args.sampling_steps, 1.0, args.seed)
                 _, p = features_and_probabilities(judge.classifier, to_uint8(drawn), judge.device)
                 result[name].append(torch.isin(p.argmax(1), forgotten).float().mean().item())
-            if step < steps:
+            if step < marks[-1]:
                 batch = x[torch.randint(len(x), (64,)).to(x.device)]
                 training_step(model.unet, model.diffusion, optimizer, batch)
-        shares = "".join(f"{100 * share:7.1f}%" for share in result[name])
+        shares = ", ".join(f"{100 * share:.1f}%" for share in result[name])
         print(f"relearning from {len(x)} images, {name}: after {marks} steps {shares}")
     return result
 
@@ -406,7 +332,7 @@ def relearning(judge, models, names, steps, args, images=100, lr=2e-4):
 def write_json(path, value):
     """Plain values as JSON, whole or not at all; nan, which JSON lacks, as null."""
     value = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    write_atomically(path, lambda f: f.write(json.dumps(value, indent=2).encode() + b"\n"))
+    write_atomically(path, lambda f: f.write(json.dumps(value, indent=2).encode()))
 
 
 def write_images(path, images, **layout):
@@ -421,132 +347,86 @@ def write_images(path, images, **layout):
 def newest_unlearned(folder):
     """The newest checkpoint of vdu.py in `folder`. Raises UserError for none."""
     for path in sorted(Path(folder).glob("*.pt"), key=os.path.getmtime, reverse=True):
-        try:
+        with contextlib.suppress(UserError):  # a broken file is not the one that is looked for
             raw = read_file(path, lazy=True)
-        except UserError:  # a broken file is not the one that is looked for
-            continue
-        if isinstance(raw, dict) and raw.get("forgotten"):
-            return str(path)
-    raise UserError(f"no unlearned checkpoint in {folder}/; make one with: python vdu.py "
-                    "--forget-class 1")
+            if isinstance(raw, dict) and raw.get("forgotten"):
+                return str(path)
+    raise UserError(f"no unlearned model in {folder}/: make one with python vdu.py")
+
+
+def parent_of(after, device):
+    """The model that `after` was unlearned from: where vdu.py read it, or beside `after`
+    if both were moved. Raises UserError if it is not there, or another of its name."""
+    past = after.forgotten or {"checkpoint": "no model"}
+    beside = Path(after.path).with_name(Path(past["checkpoint"]).name)
+    places = [place for place in (past["checkpoint"], beside) if os.path.exists(place)]
+    before = load_checkpoint(places[0], device) if places else None
+    if not before or past.get("parent") not in (None, digest(before.unet.state_dict().values())):
+        raise UserError(f"{after.path} was unlearned from {past['checkpoint']}, which is gone or "
+                        "another: say with --before FILE what to compare it with")
+    return before
 
 
 def names_to_count(before, after, classes):
     """The classes to count: those named, otherwise what `after` has forgotten.
 
-    Raises UserError unless there are some, and both models know one dataset.
-    """
-    data, past = after.data, after.forgotten or {}
-    one = [(c.data["name"], c.data["classes"], list(c.config["image_shape"])) for c in (before, after)]
-    if one[0] != one[1]:
-        raise UserError(f"{before.path} was trained on {before.data['name']}, {after.path} on "
-                        f"{data['name']}: compare models of one dataset")
-    names = [data["classes"][i] for i in class_indices(classes or [], data["classes"])]
-    names = names or past.get("classes") or data["excluded"]
-    if not names or len(names) == len(data["classes"]):
-        raise UserError(f"{after.path} has forgotten {past.get('images_from', 'nothing')}: say "
-                        "with --forget-class which class to count, and leave at least one")
+    Raises UserError unless there are some, and both models know one dataset."""
+    known = [(c.data["classes"], list(c.config["image_shape"])) for c in (before, after)]
+    if known[0] != known[1]:
+        raise UserError(f"{before.path} and {after.path} were not trained on one dataset")
+    past, all_of_them = after.forgotten or {}, after.data["classes"]
+    names = [all_of_them[i] for i in class_indices(classes or [], all_of_them)]
+    names = names or past.get("classes") or after.data["excluded"]
+    if not names or len(names) == len(all_of_them):
+        raise UserError("say with --forget-class what to count, and leave at least one class")
     return names
-
-
-def evaluate(path, folder, args, judges, device):
-    """The report on one checkpoint: written once it exists, again with relearning."""
-    after, parent = load_checkpoint(path, device), args.before
-    if not parent and not after.forgotten:
-        raise UserError(f"{path} was not made by vdu.py; name the model to compare it with: "
-                        "--before FILE")
-    if not parent:  # where vdu.py read it, or beside the result if both were moved
-        parent = after.forgotten["checkpoint"]
-        beside = Path(path).parent / Path(parent).name
-        parent = parent if os.path.exists(parent) or not beside.exists() else str(beside)
-        if not os.path.exists(parent):
-            raise UserError(f"{path} was unlearned from {parent}, which is not there; say where "
-                            "it is with --before FILE")
-    known = judges.get(parent)
-    before = known.checkpoint if known else load_checkpoint(parent, device)
-    told = not args.before and after.forgotten.get("parent")
-    if told and told != digest(before.unet.state_dict().values()):
-        raise UserError(f"{parent} is not the model that {path} was unlearned from, but another of "
-                        "its name: say where that one is with --before FILE")
-    names = names_to_count(before, after, args.forget_class)
-    models = {"unlearned": after}
-    oracle = args.never_saw or Path(parent).with_name(
-        f"{Path(parent).stem}-without-{'-'.join(names)}.pt")
-    if args.relearn and (args.never_saw or oracle.exists()):
-        models["never saw it"] = load_checkpoint(oracle, device)
-        if models["never saw it"].data["excluded"] != names:
-            raise UserError(f"{oracle} is not a model that was trained without "
-                            f"{', '.join(names)}; see train_ddpm.py --exclude-class")
-    judges[parent] = known or Judge(before, device, args.data_root, args.features)
-    report, samples = compare(judges[parent], after, names, args)
-    write_json(folder / "report.json", report)
-    for when, images in samples.items():
-        write_images(folder / f"{when}.png", images[:64])
-    if args.save_samples:
-        save_checkpoint(args.save_samples, samples)
-    if args.relearn:
-        report["relearning"] = relearning(judges[parent], models, names, args.relearn, args)
-        write_json(folder / "report.json", report)
-    return report
 
 
 def main(args):
     """One report for each of args.after, and a table of all."""
-    device, reports, judges, root = pick_device(args.device), [], {}, Path(args.output)
+    device, reports, judges = pick_device(args.device), [], {}
     paths = args.after or [newest_unlearned("checkpoints")]
-    if len(paths) > 1 and args.save_samples:
-        raise UserError("--save-samples is for one --after")
-    # A folder for each, by its file's name; by its folder's, too, where names repeat.
-    stems = [Path(path).stem for path in paths]
-    folders = [root / (f"{Path(path).absolute().parent.name}-{stem}" if stems.count(stem) > 1
-                       else stem) for path, stem in zip(paths, stems)]
+    folders = [Path(args.output) / Path(path).stem for path in paths]
     if len(set(folders)) < len(folders):
-        raise UserError("--after: two files have the same name, and so have their folders: their "
-                        "reports would be one; rename one")
+        raise UserError("--after: two files have the same name, and their reports would be one")
     names = ("report.json", "before.png", "after.png")
-    check_outputs([*(folder / name for folder in folders for name in names),
-                   *filter(None, [args.save_samples])], args.overwrite)
+    check_outputs([folder / name for folder in folders for name in names], args.overwrite)
     for path, folder in zip(paths, folders):
-        began = time.time()
-        reports.append(evaluate(path, folder, args, judges, device))
-        print(f"wrote {folder}: {', '.join(names)} ({time.time() - began:.0f} s)")
+        after = load_checkpoint(path, device)
+        before = load_checkpoint(args.before, device) if args.before else parent_of(after, device)
+        forgotten = names_to_count(before, after, args.forget_class)
+        models = {"unlearned": after}
+        if args.never_saw:
+            models["never saw it"] = load_checkpoint(args.never_saw, device)
+            if models["never saw it"].data["excluded"] != forgotten:
+                raise UserError(f"{args.never_saw} was not trained without {', '.join(forgotten)}")
+        if before.path not in judges:
+            judges[before.path] = Judge(before, device, args.data_root)
+        report, samples = compare(judges[before.path], after, forgotten, args)
+        reports.append(report)
+        write_json(folder / "report.json", report)  # once it exists; again with relearning
+        for when, images in samples.items():
+            write_images(folder / f"{when}.png", images[:64])
+        if args.relearn:
+            report["relearning"] = relearning(judges[before.path], models, forgotten, args)
+            write_json(folder / "report.json", report)
+        print(f"wrote {folder}: {', '.join(names)}")
     print_table(reports)
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--after", nargs="+", metavar="FILE",
-                   help="the unlearned checkpoint, or several (default: the newest in "
-                        "checkpoints/)")
-    p.add_argument("--before", metavar="FILE",
-                   help="the model to compare with (default: the one it was unlearned from)")
-    p.add_argument("--output", default="results", metavar="DIR",
-                   help="where the reports go, a folder per model (default: results)")
-    p.add_argument("--samples", type=number(int, 2), default=2000, metavar="N",
-                   help="samples from each model (default: 2000)")
-    p.add_argument("--sampling-steps", type=number(int, 1), default=25, metavar="N",
-                   help="steps per sample, each with new noise (default: 25)")
-    p.add_argument("--forget-class", nargs="+", metavar="CLASS",
-                   help="count these (default: the classes that the model was told to forget); "
-                        "needed after vdu.py --forget-images")
-    p.add_argument("--features", choices=("auto", "inception", "classifier"), default="auto",
-                   help="what u-FID compares: Inception v3's features for colour images where its "
-                        "weights can be had, otherwise those of the classifier; figures from the "
-                        "two cannot be compared")
-    p.add_argument("--bits", type=number(int, 0), default=100, metavar="N",
-                   help="images of the forgotten and of the retained classes for the bound on "
-                        "-log p, in bits per dimension (default: 100; 0 leaves it out)")
-    p.add_argument("--relearn", type=number(int, 0), default=0, metavar="N",
-                   help="then train the unlearned model for N steps on 100 images of the forgotten "
-                        "class, and count how fast it comes back")
-    p.add_argument("--never-saw", metavar="FILE",
-                   help="with --relearn: a model trained with --exclude-class, to compare with "
-                        "(default: PARENT-without-CLASS.pt)")
-    p.add_argument("--save-samples", metavar="FILE.pt",
-                   help="keep the samples: {'before', 'after'}, each (N, C, H, W) uint8")
-    p.add_argument("--data-root", metavar="DIR",
-                   help="folder of the dataset (default: where the model was trained)")
+    p.add_argument("--after", nargs="+", help="unlearned models (default: the newest)")
+    p.add_argument("--before", help="compare with it (default: what it was unlearned from)")
+    p.add_argument("--output", default="results", help="folder of reports (default: results)")
+    p.add_argument("--samples", type=number(int, 2), default=2000, help="per model: 2000")
+    p.add_argument("--sampling-steps", type=number(int, 1), default=25, help="per sample: 25")
+    p.add_argument("--forget-class", nargs="+", metavar="CLASS", help="count these (default: own)")
+    p.add_argument("--bits", type=number(int, 0), default=100, help="images for -log p: 100")
+    p.add_argument("--relearn", type=number(int, 0), default=0, help="train N steps on the class")
+    p.add_argument("--never-saw", help="for --relearn: trained without the class")
+    p.add_argument("--data-root", help="folder of the dataset (default: as in training)")
     add_shared_flags(p)
     return p
 

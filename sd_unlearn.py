@@ -23,24 +23,22 @@ import gzip
 import html
 import re
 import shlex
-import time
 import unicodedata
-from dataclasses import dataclass
+from collections import OrderedDict, namedtuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ddpm import (Diffusion, StopRequest, UserError, add_shared_flags, check_finite, check_outputs,
+from ddpm import (Diffusion, UserError, add_shared_flags, check_finite, check_outputs,
                   first_line, number, pick_device, read_file, run_command_line, save_checkpoint,
                   state_dict_of)
 from evaluate import write_images
 from train_ddpm import GaussianPosterior, load_images, to_float, to_uint8
 from unet import UNet, normalization, split_heads
-from vdu import (ForgottenCheck, FunctionSpaceObjective, Likeness, PaperObjective,
-                 add_unlearning_flags, frozen_copy, guessed_posterior, report, unlearn,
-                 with_defaults)
+from vdu import (FunctionSpaceObjective, Likeness, PaperObjective, add_unlearning_flags,
+                 frozen_copy, guessed_posterior, run, with_defaults)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -56,22 +54,17 @@ PREFIX = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
 LATENT_SCALE = 0.18215
 
 
-@dataclass
-class StableDiffusion:
+PARTS = "unet autoencoder text_encoder tokenizer diffusion"
+
+
+class StableDiffusion(namedtuple("StableDiffusion", PARTS)):
     """What `load` returns.
 
     unet          unet(x, t, context) -> eps_theta: latents, (B,), (B, 77, 768)
     autoencoder   .encode(x) -> moments, .decode(z), .to_latents(x), .to_images(z)
     text_encoder  text_encoder(ids) -> context
     tokenizer     tokenizer(texts) -> ids (N, 77)
-    diffusion     ddpm.Diffusion with Stable Diffusion's schedule
-    """
-
-    unet: UNet
-    autoencoder: nn.Module
-    text_encoder: nn.Module
-    tokenizer: object
-    diffusion: Diffusion
+    diffusion     ddpm.Diffusion with Stable Diffusion's schedule"""
 
     @torch.no_grad()
     def context(self, prompts):
@@ -88,12 +81,10 @@ PAPER = dict(
     t_range=[0.2, 0.7],
     anchors=48,          # images of other prompts, drawn by theta*
     kappa=None, until=0.99,
-    parameters="cross-attention",  # where the prompt enters: 5% of the U-Net
-)
+    parameters="cross-attention")  # where the prompt enters: 5% of the U-Net
 FUNCTION_SPACE = {
     **PAPER, "lr": 0.25, "steps": 300, "accumulate": 4, "t_range": [0.2, 1.0], "kappa": 3.0,
-    "parameters": "all",  # attention to the prompt alone forgot half of what was tried
-}
+    "parameters": "all"}  # attention to the prompt alone forgot half of what was tried
 CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
@@ -108,8 +99,7 @@ class PromptedObjective(FunctionSpaceObjective):
 
     In (b) of vdu.py, eps_theta* is what all images predict at x_t, here eps_theta* of
     the empty prompt, and eps_f that of the concept's: the minimum can be written down.
-    (It is the target of ESD, Gandikota et al. 2023.)  empty: (1, L, E).
-    """
+    (It is the target of ESD, Gandikota et al. 2023.)  empty: (1, L, E)."""
 
     def __init__(self, *args, empty, **kwargs):
         self.empty = empty
@@ -141,15 +131,14 @@ def run_unlearn(args):
             args.posterior, moving, lambda path: below(read_tensors(path)[0], "unet"))
     for k, p in unet.named_parameters():
         p.requires_grad_(k in moving)
-    rho, origin = args.share or 0.5, "sigma* is guessed" if not args.posterior else "measured sigma*"
-    how = (f"in function space, share {rho:g}, kappa {args.kappa:g}" if args.function_space
-           else f"the paper's two terms, gamma {args.gamma:g}")
+    rho = args.share or 0.5
+    origin = f"posterior of {posterior.n} checkpoints (of 1: sigma* is guessed)"
     print(f"forgetting {args.concept!r}: {len(images)} images of {args.size} pixels, moving "
-          f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, {how}, at most "
-          f"{args.steps} steps of {args.batch_size * args.accumulate} on {device}; {origin}")
+          f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, "
+          f"{args.method}, at most {args.steps} steps on {device}; {origin}")
 
     # D_f as latents with its prompts; and what theta* draws for prompts of other things.
-    began, frozen = time.time(), frozen_copy(unet, posterior)
+    frozen = frozen_copy(unet, posterior)
     forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
                         for image in tqdm(images, desc="encoding", unit="image")])
     context = model.context([template.format(args.concept) for template in TEMPLATES])
@@ -163,25 +152,16 @@ def run_unlearn(args):
     kept_context, empty = model.context(keep).repeat_interleave(each, 0), model.context([""])
     likeness = Likeness(frozen, diffusion, forget, kept, rho, (empty,))
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
-    with StopRequest() as stop:
-        check = ForgottenCheck(
-            lambda: draw(TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.seed), likeness,
-            args.steps, args.until, stop)
-        objective = PaperObjective(*common) if not args.function_space else PromptedObjective(
-            *common, frozen=frozen, kept=kept, likeness=None, rho=rho, kappa=args.kappa,
-            kept_context=kept_context, empty=empty)
-        record = unlearn(unet, posterior, objective, args.lr, args.steps, True, args.accumulate,
-                         args.seed, check, progress=True)
-        settings = {k: v for k, v in vars(args).items() if k != "run"}
-        save(args.output, args.checkpoint, moving, {
-            "concept": args.concept, "images": len(images), "settings": settings, **record,
-            "like_D_f": check.history})
-    report(record, check, args, time.time() - began, stop.requested)
-    files = [shlex.quote(file) for file in (args.checkpoint, args.output, args.merges)]
-    print("wrote {1}; see what came of it: python sd_unlearn.py sample --checkpoint {0} {1} "
-          "--merges {2} --prompt PROMPT PROMPT".format(*files))
-    if stop.requested:
-        raise KeyboardInterrupt
+    objective = PaperObjective(*common) if not args.function_space else PromptedObjective(
+        *common, frozen=frozen, kept=kept, likeness=None, rho=rho, kappa=args.kappa,
+        kept_context=kept_context, empty=empty)
+    settings = {"concept": args.concept, "images": len(images),
+                "settings": {k: v for k, v in vars(args).items() if k != "run"}}
+    run(args, unet, posterior, objective, likeness,
+        sample=lambda: draw(TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.seed),
+        save=lambda record: save(args.output, args.checkpoint, moving, {**settings, **record}))
+    files = f"{shlex.quote(args.checkpoint)} {shlex.quote(args.output)}"
+    print(f"wrote {args.output}; look at it: python sd_unlearn.py sample --checkpoint {files} ...")
 
 
 # --------------------------------------------------------------------------------------
@@ -193,8 +173,7 @@ def guided(unet, context, negative, scale):
     eps(negative) + scale (eps(prompt) - eps(negative)).
 
     context, negative: (1, L, E).  scale 1 is the plain conditional model, and costs
-    half.
-    """
+    half."""
     def eps_theta(x, t):
         prompts = context.expand(len(x), -1, -1)
         if scale == 1:
@@ -245,11 +224,16 @@ def run_sample(args):
 
 # --------------------------------------------------------------------------------------
 # The autoencoder: images <-> latents, `first_stage_model.` in the file (LDM, section
-# 3.1)
+# 3.1). Names of layers are those of its file.
+
+
+def named(**layers):
+    """The layers in a row, by name."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 class ResnetBlock(nn.Module):
-    """x + f(x): unet.py's ResBlock without a time step; the names of its file."""
+    """x + f(x): unet.py's ResBlock without a time step."""
 
     def __init__(self, channels, out_channels):
         super().__init__()
@@ -282,46 +266,39 @@ class PixelAttention(nn.Module):
 
 
 def middle(channels):
-    return nn.ModuleDict({"block_1": ResnetBlock(channels, channels),
-                          "attn_1": PixelAttention(channels),
-                          "block_2": ResnetBlock(channels, channels)})
+    """Two residual blocks with attention between them."""
+    return named(block_1=ResnetBlock(channels, channels), attn_1=PixelAttention(channels),
+                 block_2=ResnetBlock(channels, channels))
+
+
+def blocks(channels, out_channels, n):
+    """n residual blocks, the first of which changes the width."""
+    return nn.Sequential(*(ResnetBlock(out_channels if i else channels, out_channels)
+                           for i in range(n)))
 
 
 class Encoder(nn.Module):
     """Images -> mean and log-variance of the latents, before quant_conv.
 
-    ch, ch_mult: widths, each level half the size of the last.
-    """
+    ch, ch_mult: widths, each level half the size of the last."""
 
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        width = ch
-        for level, mult in enumerate(ch_mult):
-            blocks = nn.ModuleList()
-            for _ in range(num_res_blocks):
-                blocks.append(ResnetBlock(width, ch * mult))
-                width = ch * mult
-            self.down.append(nn.ModuleDict({"block": blocks}))
-            if level < len(ch_mult) - 1:
-                conv = nn.Conv2d(width, width, 3, stride=2)
-                self.down[-1]["downsample"] = nn.ModuleDict({"conv": conv})
-        self.mid = middle(width)
-        self.norm_out = normalization(width, 1e-6)
-        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
+        widths, levels = [ch * mult for mult in (1, *ch_mult)], []
+        for width, out in zip(widths, widths[1:]):
+            # Padded on the right and below only, as the published network was trained.
+            down = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(out, out, 3, stride=2))
+            last = len(levels) == len(ch_mult) - 1
+            levels.append(named(block=blocks(width, out, num_res_blocks),
+                                downsample=nn.Identity() if last else down))
+        self.down = nn.Sequential(*levels)  # (B, C, H, W) -> (B, C', H/2, W/2) at each but the last
+        self.mid = middle(out)
+        self.norm_out = normalization(out, 1e-6)
+        self.conv_out = nn.Conv2d(out, 2 * z_channels, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(x)
-        for down in self.down:
-            for block in down["block"]:
-                h = block(h)
-            if "downsample" in down:
-                # Padded on the right and below only, as the published network was
-                # trained.
-                h = down["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
-        for layer in self.mid.values():
-            h = layer(h)
+        h = self.mid(self.down(self.conv_in(x)))
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2 z, h, w)
 
 
@@ -330,32 +307,21 @@ class Decoder(nn.Module):
 
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
-        width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = middle(width)
-        ups = []  # built from the smallest level up, numbered in the file from the largest
-        for level, mult in reversed(list(enumerate(ch_mult))):
-            blocks = nn.ModuleList()
-            for _ in range(num_res_blocks + 1):
-                blocks.append(ResnetBlock(width, ch * mult))
-                width = ch * mult
-            ups.insert(0, nn.ModuleDict({"block": blocks}))
-            if level > 0:
-                conv = nn.Conv2d(width, width, 3, padding=1)
-                ups[0]["upsample"] = nn.ModuleDict({"conv": conv})
-        self.up = nn.ModuleList(ups)
-        self.norm_out = normalization(width, 1e-6)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        widths, levels = [ch * mult for mult in (*ch_mult, ch_mult[-1])], []
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        for out, width in zip(widths, widths[1:]):
+            up = named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(out, out, 3, padding=1))
+            levels.append(named(block=blocks(width, out, num_res_blocks + 1),
+                                upsample=up if levels else nn.Identity()))
+        self.up = nn.ModuleList(levels)  # numbered from the largest level, run from the smallest
+        self.norm_out = normalization(ch, 1e-6)
+        self.conv_out = nn.Conv2d(ch, 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)
-        for layer in self.mid.values():
-            h = layer(h)
-        for up in reversed(self.up):
-            for block in up["block"]:
-                h = block(h)
-            if "upsample" in up:  # (B, C, h, w) -> (B, C, 2h, 2w)
-                h = up["upsample"]["conv"](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)  # (B, C, h, w) -> (B, C', 2h, 2w) at each but the last
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
 
 
@@ -380,18 +346,17 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     @torch.no_grad()
-    def to_latents(self, x, sampled=True):
-        """Images -> the diffusion's latents (B, 4, h, w): a sample, or the mean."""
+    def to_latents(self, x):
+        """Images -> a sample of the diffusion's latents, (B, 4, h, w)."""
         mean, logvar = self.encode(x).chunk(2, dim=1)
         std = (logvar.clamp(-30, 20) / 2).exp()
-        return LATENT_SCALE * (mean + std * torch.randn_like(mean) if sampled else mean)
+        return LATENT_SCALE * (mean + std * torch.randn_like(mean))
 
     @torch.no_grad()
     def to_images(self, z):
         """The diffusion's latents (B, 4, h, w) -> uint8 (B, 3, H, W), on the CPU.
 
-        One at a time, which bounds the memory.
-        """
+        One at a time, which bounds the memory."""
         return torch.cat([to_uint8(self.decode(x[None] / LATENT_SCALE)).cpu() for x in z])
 
 
@@ -417,13 +382,14 @@ class SelfAttention(nn.Module):
 
 
 class TextLayer(nn.Module):
+    """Tokens attend to those before them, then each passes two layers by itself."""
+
     def __init__(self, width, num_heads, mlp_width):
         super().__init__()
         self.self_attn = SelfAttention(width, num_heads)
-        self.layer_norm1 = nn.LayerNorm(width)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width),
                                   "fc2": nn.Linear(mlp_width, width)})
-        self.layer_norm2 = nn.LayerNorm(width)
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -438,10 +404,9 @@ class TextEncoder(nn.Module):
         super().__init__()
         layers = [TextLayer(width, num_heads, mlp_width) for _ in range(layers)]
         self.text_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({
-                "token_embedding": nn.Embedding(vocab_size, width),
-                "position_embedding": nn.Embedding(positions, width)}),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
+            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab_size, width),
+                                         "position_embedding": nn.Embedding(positions, width)}),
+            "encoder": named(layers=nn.Sequential(*layers)),
             "final_layer_norm": nn.LayerNorm(width),
         })
 
@@ -449,9 +414,7 @@ class TextEncoder(nn.Module):
         embeddings = self.text_model["embeddings"]
         x = embeddings["token_embedding"](ids)  # (B, L) -> (B, L, E)
         x = x + embeddings["position_embedding"].weight[: ids.shape[1]]
-        for layer in self.text_model["encoder"]["layers"]:
-            x = layer(x)
-        return self.text_model["final_layer_norm"](x)
+        return self.text_model["final_layer_norm"](self.text_model["encoder"](x))
 
 
 class Tokenizer:
@@ -460,8 +423,7 @@ class Tokenizer:
     merges: a merges.txt, or bpe_simple_vocab_16e6.txt.gz; a header line, then a pair
     per line, the most frequent first. Text is lowercased, its whitespace collapsed.
     Ids: the 256 bytes, the same ending a word, the merges, start, end. Raises UserError
-    if the file is missing or holds no merges.
-    """
+    if the file is missing or holds no merges."""
 
     MERGES = 49152 - 256 - 2  # that many of the file belong to the vocabulary
 
@@ -476,21 +438,19 @@ class Tokenizer:
             if not pairs:
                 raise ValueError("it is empty")
         except Exception as e:  # a damaged archive can fail in any way
-            raise UserError(f"{merges} is not a file of merges, a pair to a line "
-                            f"({first_line(e)}): take tokenizer/merges.txt of a Stable Diffusion "
-                            "v1 repository, or CLIP's bpe_simple_vocab_16e6.txt.gz") from e
+            raise UserError(f"{merges} is not a file of merges ({first_line(e)}): take the "
+                            "tokenizer/merges.txt of a Stable Diffusion v1 repository") from e
         # Bytes that print stand for themselves, the others for characters 256, 257, ...
-        ranges = ("!~", "¡¬", "®ÿ")
-        printable = [b for first, last in ranges for b in range(ord(first), ord(last) + 1)]
+        printable = [b for first, last in ("!~", "¡¬", "®ÿ")
+                     for b in range(ord(first), ord(last) + 1)]
         others = [b for b in range(256) if b not in printable]
-        self.byte_symbol = {b: chr(b) for b in printable}
-        self.byte_symbol |= {b: chr(256 + i) for i, b in enumerate(others)}
+        self.byte_symbol = {b: chr(b) for b in printable} | {
+            b: chr(256 + i) for i, b in enumerate(others)}
         symbols = list(self.byte_symbol.values())
         symbols += [s + "</w>" for s in symbols] + ["".join(pair) for pair in pairs]
         symbols += ["<|startoftext|>", "<|endoftext|>"]
         self.id = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(pairs)}
-        self.cache = {}
 
     def __call__(self, texts):
         """A list of texts -> (N, 77) int64, cut or padded with the end token."""
@@ -506,39 +466,33 @@ class Tokenizer:
             rows.append(ids + [end] * (self.length - len(ids)))
         return torch.tensor(rows)
 
-    @staticmethod
-    def words(text):
+    def words(self, text):
         """Runs of letters, single digits, runs of anything else, contractions."""
         text = " ".join(html.unescape(unicodedata.normalize("NFC", text)).split()).lower()
-        # re has no \p{L} and \p{N} for Unicode's letters and digits: spell out those
-        # here
-        letters, digits = (re.escape("".join(c for c in set(text)
-                                             if unicodedata.category(c)[0] == kind))
-                           for kind in "LN")
-        letters, digits = "a-z" + letters, "0-9" + digits
+        # re has no \p{L} and \p{N} for Unicode's letters and digits: spell out those here
+        of_kind = lambda kind: re.escape("".join({c for c in text
+                                                  if unicodedata.category(c)[0] == kind}))
+        letters, digits = "a-z" + of_kind("L"), "0-9" + of_kind("N")
         return re.findall(rf"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
                           rf"[{letters}]+|[{digits}]|[^\s{letters}{digits}]+", text)
 
     def word_ids(self, word):
-        """Byte-pair encoding (Sennrich et al. 2016): join the most frequent pair."""
+        """Byte-pair encoding (Sennrich et al. 2016): join the most frequent pair, again and
+        again, until no pair is left that is in the merges."""
         if word in ("<|startoftext|>", "<|endoftext|>"):
             return [self.id[word]]
-        if word not in self.cache:
-            symbols = [self.byte_symbol[b] for b in word.encode("utf-8")]
-            symbols[-1] += "</w>"
-            while len(symbols) > 1:
-                pairs = zip(symbols, symbols[1:])
-                pair = min(pairs, key=lambda p: self.rank.get(p, float("inf")))
-                if pair not in self.rank:
-                    break
-                joined, i = [], 0
-                while i < len(symbols):
-                    step = 2 if tuple(symbols[i : i + 2]) == pair else 1
-                    joined.append("".join(symbols[i : i + step]))
-                    i += step
-                symbols = joined
-            self.cache[word] = [self.id[symbol] for symbol in symbols]
-        return self.cache[word]
+        symbols = [self.byte_symbol[b] for b in word.encode("utf-8")]
+        symbols[-1] += "</w>"
+        while len(symbols) > 1:
+            pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, float("inf")))
+            if pair not in self.rank:
+                break
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == pair:
+                    symbols[i : i + 2] = ["".join(pair)]
+                i += 1
+        return [self.id[symbol] for symbol in symbols]
 
 
 # --------------------------------------------------------------------------------------
@@ -568,32 +522,29 @@ def load(checkpoint, merges, device="cpu"):
 
     Holds one copy of the weights, as float32 (those of the file stay on disk until they
     are used, others are widened as they are read). Raises UserError for a file that is
-    missing, damaged, not weights, or of another architecture, and for other merges.
-    """
+    missing, damaged, not weights, or of another architecture, and for other merges."""
     tensors, tokenizer, networks = read_tensors(checkpoint)[0], Tokenizer(merges), {}
     for name, kind in KINDS.items():
         with torch.device("meta"):  # sizes without memory: the weights come from the file
             network = kind(**SIZES[name])
         ours, theirs = network.state_dict(), below(tensors, name)
-        missing = [k for k in ours if k not in theirs]
-        reshaped = [k for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
-        if missing or reshaped:
-            raise UserError(f"{checkpoint} is not a Stable Diffusion v1 checkpoint: in its {name} "
-                            f"{len(missing)} tensors are missing and {len(reshaped)} of another "
-                            f"shape ({', '.join(PREFIX[name] + k for k in (missing + reshaped)[:3])})")
-        extra = [k for k in theirs if k not in ours]
+        wrong = [PREFIX[name] + k for k, v in ours.items()
+                 if k not in theirs or theirs[k].shape != v.shape]
+        if wrong:
+            raise UserError(f"{checkpoint} is not a Stable Diffusion v1 checkpoint: {len(wrong)} "
+                            f"tensors are missing or of another shape ({', '.join(wrong[:3])})")
+        extra = [PREFIX[name] + k for k in theirs if k not in ours]
         if extra:
-            print(f"{checkpoint}: not reading {len(extra)} tensors of the {name} that Stable "
-                  f"Diffusion v1 does not have ({', '.join(extra[:3])})")
+            print(f"not reading {len(extra)} tensors that v1 does not have: {', '.join(extra[:3])}")
         weights = {k: theirs[k].float() for k in ours}
         check_finite(checkpoint, {PREFIX[name] + k: v for k, v in weights.items()})
-        network.load_state_dict(weights, strict=True, assign=True)
+        network.load_state_dict(weights, assign=True)
         networks[name] = network.eval().requires_grad_(False).to(device)
-    if len(tokenizer.id) != SIZES["text_encoder"]["vocab_size"]:
-        raise UserError(f"{merges} makes {len(tokenizer.id)} tokens and the text encoder knows "
-                        f"{SIZES['text_encoder']['vocab_size']}: it is of another model")
-    diffusion = Diffusion("scaled_linear", 1000).to(device)
-    return StableDiffusion(**networks, tokenizer=tokenizer, diffusion=diffusion)
+    tokens = SIZES["text_encoder"]["vocab_size"]
+    if len(tokenizer.id) != tokens:
+        raise UserError(f"{merges} is of another model: {len(tokenizer.id)} tokens, not {tokens}")
+    return StableDiffusion(**networks, tokenizer=tokenizer,
+                           diffusion=Diffusion("scaled_linear", 1000).to(device))
 
 
 def save(path, checkpoint, weights, record):
@@ -601,13 +552,13 @@ def save(path, checkpoint, weights, record):
     precision a small move of a weight would be rounded away.
 
     The moving averages (`model_ema.`) and the optimizer's state are left out: they are
-    copies of what was to be forgotten.
-    """
+    copies of what was to be forgotten."""
     tensors, others = read_tensors(checkpoint)
     state = {k: v for k, v in tensors.items() if not k.startswith("model_ema.")}
     for k, v in weights.items():
         state[PREFIX["unet"] + k] = v.detach().cpu().float()
-    save_checkpoint(path, state if others is None else {**others, "state_dict": state, "vdu": record})
+    wrapped = {**(others or {}), "state_dict": state, "vdu": record}
+    save_checkpoint(path, state if others is None else wrapped)
 
 
 # --------------------------------------------------------------------------------------
@@ -615,51 +566,31 @@ def save(path, checkpoint, weights, record):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="sd_unlearn.py", description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     sample = commands.add_parser("sample", help="draw images for one or several prompts")
-    gone = commands.add_parser("unlearn", help="make the model forget a feature, from a few "
-                               "images of it")
+    gone = commands.add_parser("unlearn", help="make the model forget a feature")
     for c, run in ((sample, run_sample), (gone, run_unlearn)):
         c.set_defaults(run=run)
-        c.add_argument("--checkpoint", required=True, nargs="+" if c is sample else None,
-                       metavar="FILE", help="a Stable Diffusion v1 checkpoint" + (
-                           "; of several, the same noise through each" * (c is sample)))
-        c.add_argument("--merges", required=True, metavar="FILE",
-                       help="CLIP's merges.txt, or bpe_simple_vocab_16e6.txt.gz")
-        c.add_argument("--size", type=number(int, 1), default=512, metavar="N",
-                       help="height and width of the images, in pixels (default: 512)")
+        c.add_argument("--checkpoint", required=True, nargs="+" if c is sample else None)
+        c.add_argument("--merges", required=True, help="CLIP's merges.txt, or its .txt.gz")
+        c.add_argument("--size", type=number(int, 1), default=512, help="pixels (default: 512)")
         add_shared_flags(c)
     sample.add_argument("--prompt", required=True, nargs="+", help="a row of images each")
-    sample.add_argument("--output", default="sample.png", metavar="FILE.png",
-                        help="where the images go, as one grid (default: sample.png)")
-    sample.add_argument("--n", type=number(int, 1), default=4, metavar="N",
-                        help="images per prompt (default: 4)")
-    sample.add_argument("--batch-size", type=number(int, 1), default=4, metavar="N",
-                        help="images at a time (default: 4)")
-    sample.add_argument("--sampling-steps", type=number(int, 1), default=50, metavar="N",
-                        help="DDIM steps per image (default: 50)")
-    sample.add_argument("--guidance", type=number(float, 0), default=7.5,
-                        help="how strongly the prompt pulls; 1 is the plain conditional model "
-                             "(default: 7.5)")
-
-    gone.add_argument("--concept", required=True, metavar="TEXT",
-                      help='what will be forgotten, as prompts name it: "golf ball"')
-    gone.add_argument("--images", required=True, metavar="DIR",
-                      help="a folder of images of it; what is transparent in them becomes white")
-    gone.add_argument("--output", required=True, metavar="FILE",
-                      help="the unlearned checkpoint, in the same layout")
-    gone.add_argument("--parameters", choices=["cross-attention", "all"],
-                      help="what may move: the U-Net's attention to the prompt, 5%% of it, or all, "
-                           "which takes 20 GB for the published model (default: "
-                           "cross-attention, all with --function-space)")
-    gone.add_argument("--accumulate", type=number(int, 1), metavar="N",
-                      help="batches per step: N times the images for the memory of one batch "
-                           "(default: 1, 4 with --function-space)")
+    sample.add_argument("--output", default="sample.png", help="a grid (default: sample.png)")
+    sample.add_argument("--n", type=number(int, 1), default=4, help="images a prompt (default: 4)")
+    sample.add_argument("--batch-size", type=number(int, 1), default=4, help="at once (default: 4)")
+    sample.add_argument("--sampling-steps", type=number(int, 1), default=50, help="default: 50")
+    sample.add_argument("--guidance", type=number(float, 0), default=7.5, help="default: 7.5")
+    gone.add_argument("--concept", required=True, help='as prompts name it: "golf ball"')
+    gone.add_argument("--images", required=True, help="a folder of images of it")
+    gone.add_argument("--output", required=True, help="the unlearned checkpoint")
+    gone.add_argument("--parameters", choices=["cross-attention", "all"], help="what may move "
+                      "(default: where the prompt enters, 5%%; with --function-space all, 20 GB)")
+    gone.add_argument("--accumulate", type=number(int, 1), help="batches per step (default: 1, 4)")
     g = add_unlearning_flags(gone, PAPER, FUNCTION_SPACE)
-    g.add_argument("--keep", nargs="+", default=[], metavar="TEXT",
-                   help="neighbours of the concept that must stay, by name")
+    g.add_argument("--keep", nargs="+", default=[], help="neighbours of it that must stay")
     return p
 
 

@@ -2,11 +2,13 @@
 
     python train_ddpm.py --dataset mnist
     python train_ddpm.py --dataset folder --data-root my_images --image-size 32
+    python train_ddpm.py --exclude-class 1 --output checkpoints/mnist-without-1.pt
 
 Holds    the settings, the posterior, the training loop, and the datasets.
 Reads    MNIST, CIFAR-10, tiny ImageNet (downloaded into data/, or in --data-root), or a
-         folder of images, one sub-folder per class; for MNIST without a network, the
-         5,000 images in tests/data/mnist_5k.npz.
+         folder of images, one sub-folder per class (or train/ and test/ of such), which
+         are cropped to squares and resized; for MNIST without a network, the 5,000
+         images in tests/data/mnist_5k.npz.
 Writes   checkpoints/mnist.pt: theta* = mu*, posterior (mu*, sigma*), settings, data,
          loss curve; and a grid of samples beside it, checkpoints/mnist.png.
 Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f, and mu* and
@@ -62,18 +64,17 @@ def small(image_shape):
         lr=2e-3,                                 # ten times DDPM's: a small network bears it
         schedule="cosine",                       # on small images linear wastes a third of T
         velocity=True,                           # bfloat16 needs it, see UNet's alpha_bar
-        flip=not grey,                           # a mirrored digit is no digit
-    )
+        flip=not grey)                           # a mirrored digit is no digit
 
 
 def base(image_shape):
     """DDPM's network for CIFAR-10 and its training (Ho et al. 2020), for a GPU: 35.7M
     parameters, attention at 16x16, eps predicted directly."""
     C, H, W = image_shape
-    return dict(
-        in_channels=C, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
-        attention_resolutions=(max(1, round(H / 16)),), num_heads=1, dropout=0.1,
-    ), dict(steps=200_000, batch_size=128, lr=2e-4, schedule="linear", velocity=False, flip=C == 3)
+    return (dict(in_channels=C, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
+                 attention_resolutions=(max(1, round(H / 16)),), num_heads=1, dropout=0.1),
+            dict(steps=200_000, batch_size=128, lr=2e-4, schedule="linear", velocity=False,
+                 flip=C == 3))
 
 
 NETWORKS = {"small": small, "base": base}
@@ -87,8 +88,7 @@ def learning_rate(step, steps, lr):
     """Warm up over 200 steps, fall to a tenth, hold it while the posterior gathers.
 
     The fall settles the weights; the constant rate keeps them wandering about one
-    optimum, whose spread is sigma*.
-    """
+    optimum, whose spread is sigma*."""
     warmup = min(1.0, (step + 1) / 200)
     return lr * warmup * max(0.1, 1 - 0.9 * step / max(1, posterior_start(steps)))
 
@@ -106,8 +106,7 @@ class GaussianPosterior:
     """p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2) (VDU's approximation).
 
     mean, std: {name: tensor} like the parameters, mu* and sigma*.  n: of how many
-    checkpoints. Made from these three, or without arguments and filled by `update`.
-    """
+    checkpoints. Made from these three, or without arguments and filled by `update`."""
 
     def __init__(self, mean=None, std=None, n=0):
         self.mean, self.n, self.m2 = mean, n, None
@@ -118,11 +117,10 @@ class GaussianPosterior:
         """Take in one more checkpoint: {name: tensor}, or named_parameters() (Welford
         1962). sigma* is there from the second on."""
         parameters = dict(parameters)
-        if self.n == 0:
-            self.mean = {k: torch.zeros_like(p, dtype=torch.float32) for k, p in parameters.items()}
+        zeros = {k: torch.zeros_like(p, dtype=torch.float32) for k, p in parameters.items()}
+        self.mean = self.mean if self.n else {k: v.clone() for k, v in zeros.items()}
         if self.m2 is None:  # sums of squared deviations, from the start or from sigma*
-            self.m2 = {k: self.std[k] ** 2 * (self.n - 1) if self.n > 1 else torch.zeros_like(m)
-                       for k, m in self.mean.items()}
+            self.m2 = {k: s**2 * (self.n - 1) for k, s in self.std.items()} if self.std else zeros
         self.n += 1
         for k, p in parameters.items():
             deviation = p - self.mean[k]  # from the old mean
@@ -138,8 +136,7 @@ class GaussianPosterior:
 
         parameters: {name: tensor} or named_parameters() of the network; what else a file
         holds (buffers) is left out.  read: path -> {name: tensor}.  Raises UserError for
-        fewer than two files, for equal ones, or for those of another network.
-        """
+        fewer than two files, for equal ones, or for those of another network."""
         parameters, posterior, digests = dict(parameters), cls(), set()
         for path in paths:
             tensors = read(path)
@@ -157,6 +154,10 @@ class GaussianPosterior:
         for k, p in theta.items():
             torch.mul(self.std[k], z[k], out=p).add_(self.mean[k])
 
+    def contents(self):
+        """What a checkpoint file keeps of it."""
+        return {"mean": self.mean, "std": self.std, "n": self.n}
+
     def to(self, device):
         """The same on another device."""
         mean, std = ({k: v.to(device) for k, v in d.items()} for d in (self.mean, self.std))
@@ -165,11 +166,10 @@ class GaussianPosterior:
 
 def check_parameters(what, theta, parameters):
     """Raise UserError unless theta has the names and shapes of the network's."""
-    wrong = [k for k in {**parameters, **theta}
-             if k not in theta or k not in parameters or theta[k].shape != parameters[k].shape]
+    shapes, others = ({k: v.shape for k, v in d.items()} for d in (theta, parameters))
+    wrong = [k for k in {**others, **shapes} if shapes.get(k) != others.get(k)]
     if wrong:
-        raise UserError(f"the parameters of {what} do not match those of the network: "
-                        f"{len(wrong)} differ in name or shape ({', '.join(wrong[:3])})")
+        raise UserError(f"the parameters of {what} do not match the network's: {wrong[:3]} ...")
 
 
 # --------------------------------------------------------------------------------------
@@ -201,13 +201,11 @@ def train(settings, config, images, data, device, saved=None):
     settings: as settle() returns them.  images: (N, C, H, W) uint8.  saved: the contents
     of an interrupted run's file.  Writes settings["output"] every save_every steps, on
     Ctrl-C, and at the end. Returns (UNet with theta*, Diffusion). Raises UserError for a
-    loss that is not finite, KeyboardInterrupt once an interrupted run is saved.
-    """
+    loss that is not finite, KeyboardInterrupt once an interrupted run is saved."""
     output, steps, seed = (settings[k] for k in ("output", "steps", "seed"))
     B, step, loss, losses = min(settings["batch_size"], len(images)), 0, None, []
     torch.manual_seed(seed)
-    unet, diffusion = build(config, device)
-    posterior = GaussianPosterior()
+    (unet, diffusion), posterior = build(config, device), GaussianPosterior()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
     if saved is not None:
@@ -228,9 +226,8 @@ def train(settings, config, images, data, device, saved=None):
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, settings["lr"])
             now = training_step(unet, diffusion, optimizer, x0)
             if not math.isfinite(now):
-                kept = f"{output} still holds step {saved_step}; " if saved_step else ""
-                raise UserError(f"the loss became {now} at step {step}; {kept}try a smaller --lr "
-                                f"than {settings['lr']:g}")
+                raise UserError(f"the loss became {now} at step {step}, after saving step "
+                                f"{saved_step}: try a smaller --lr than {settings['lr']:g}")
             # Every fifth step's weights, and the last, are samples of p(theta | D).
             due = step % POSTERIOR_EVERY == 0 or step == steps - 1
             if due and step >= posterior_start(steps):
@@ -245,9 +242,8 @@ def train(settings, config, images, data, device, saved=None):
                 # theta* is mu*, the mean over the wander: what a last step adds is noise.
                 theta = posterior.mean if posterior.n > 1 else unet.state_dict()
                 contents = {"config": config, "data": data, "step": step, "losses": losses,
-                            "settings": settings, "weights": theta, "posterior": None}
-                if posterior.n > 1:
-                    contents["posterior"] = {k: getattr(posterior, k) for k in ("mean", "std", "n")}
+                            "settings": settings, "weights": theta,
+                            "posterior": posterior.contents() if posterior.n > 1 else None}
                 if step < steps:  # what --resume needs besides; a finished file has no use for it
                     contents["train"] = {"unet": unet.state_dict(), "loss": loss,
                                          "optimizer": optimizer.state_dict(), "n": posterior.n,
@@ -256,11 +252,10 @@ def train(settings, config, images, data, device, saved=None):
                 saved_step = step
             if stop.requested and step < steps:
                 bar.close()
-                print(f"interrupted: saved step {step} of {steps} in {output}; continue with "
-                      "--resume")
+                print(f"interrupted: saved step {step} of {steps} in {output}; go on with --resume")
                 raise KeyboardInterrupt
-    curve = " ".join(f"{value:.4f}" for _, value in losses[:: max(1, len(losses) // 9)])
-    print(f"wrote {output} ({time.time() - began:.0f} s); loss along the way: {curve}")
+    print(f"wrote {output} ({time.time() - began:.0f} s); loss along the way: "
+          + " ".join(f"{value:.4f}" for _, value in losses[:: max(1, len(losses) // 9)]))
     unet.load_state_dict(theta)
     return unet.eval(), diffusion
 
@@ -269,67 +264,63 @@ def settle(args):
     """(settings, the saved run or None): the command line's, or those of --resume's file."""
     own = args.dataset == "folder"
     if own and args.data_root is None:
-        raise UserError("--dataset folder needs --data-root DIR, a folder with one sub-folder of "
-                        "images for each class")
+        raise UserError("--dataset folder needs --data-root DIR, one sub-folder for each class")
     stem = os.path.basename(os.path.abspath(args.data_root)) if own else args.dataset
-    output = args.output or f"checkpoints/{stem}.pt"
-    typed = {k: v for k, v in vars(args).items() if v != parser().get_default(k)}
-    settings, saved = vars(args), None
+    output, saved = args.output or f"checkpoints/{stem}.pt", None
+    settings = {**vars(args), "output": output}
     if args.resume:
         saved = read_file(output)
         if not isinstance(saved, dict) or "train" not in saved:
-            raise UserError(f"{output} is not an interrupted run of train_ddpm.py: there is "
-                            "nothing to resume; --overwrite starts anew")
-        here = {k: typed[k] for k in ("data_root", "save_every", "device", "overwrite") if k in typed}
-        settings = {**settings, **saved["settings"], **here}
-        unheard = [f"--{k.replace('_', '-')} {v}" for k, v in typed.items()
-                   if k not in ("output", "resume") and settings[k] != v]
+            raise UserError(f"{output} is no interrupted run: there is nothing to resume")
+        typed = {k: v for k, v in vars(args).items() if v != parser().get_default(k)}
+        heard = ("data_root", "save_every", "device", "overwrite", "resume", "output")
+        settings |= {k: v for k, v in saved["settings"].items() if k not in typed or k not in heard}
+        unheard = [f"--{k.replace('_', '-')} {v}" for k, v in typed.items() if settings[k] != v]
         if unheard:
             print(f"continuing with the settings in {output}, not with {' '.join(unheard)}")
-    return {**settings, "output": output}, saved
+    return settings, saved
 
 
 def main(args):
     """Run the command line. Raises UserError for what the user can put right."""
     settings, saved = settle(args)
-    device = pick_device(args.device)
-    output, grid = settings["output"], Path(settings["output"]).with_suffix(".png")
+    device, output = pick_device(args.device), settings["output"]
+    grid = Path(output).with_suffix(".png")
     if os.path.exists(output) and not args.overwrite and not args.resume:
-        raise UserError(f"{output} exists already; --resume continues it, --overwrite replaces "
-                        "it, --output FILE goes elsewhere")
+        raise UserError(f"{output} exists already: --resume continues it, --overwrite replaces it")
     check_outputs([output], True, (".pt", ".pth", ".ckpt"))
     check_outputs([grid], args.overwrite)
 
     # The images, less --exclude-class. A run that began on the shipped ones goes on there.
     shipped = saved is not None and saved["data"]["source"] == MNIST_5K.name
+    own, size = settings["dataset"] == "folder", settings["image_size"]
     images, labels, data = load_dataset(
         settings["dataset"], MNIST_5K if shipped else settings["data_root"],
-        image_shape=(None, *[settings["image_size"]] * 2) if settings["dataset"] == "folder" else None)
-    excluded = class_indices(settings["exclude_class"], data["classes"])
-    keep = ~torch.isin(labels, torch.tensor(excluded))
-    if not keep.any():
+        image_shape=(None, size, size) if own else None)
+    classes = data["classes"]
+    excluded = class_indices(settings["exclude_class"], classes)
+    if len(excluded) == len(classes):
         raise UserError("--exclude-class names all classes: nothing is left to learn")
+    keep = ~torch.isin(labels, torch.tensor(excluded))
     images, labels = images[keep], labels[keep]
-    data |= {"excluded": [data["classes"][i] for i in excluded], "images": len(images),
-             "counts": labels.bincount(minlength=len(data["classes"])).tolist(),
-             "digest": digest([images, labels])}
+    data |= {"excluded": [classes[i] for i in excluded], "digest": digest([images, labels]),
+             "images": len(images), "counts": labels.bincount(minlength=len(classes)).tolist()}
     if saved is not None and saved["data"].get("digest") != data["digest"]:
-        raise UserError(f"{output} was trained on other images than those in {data['root']}: say "
-                        "with --data-root DIR where they are")
+        raise UserError(f"{output} was trained on other images: say where with --data-root DIR")
 
     # The network: base wants a GPU; on a CPU, and for MNIST, small does.
     large = device.type != "cpu" and settings["dataset"] != "mnist"
-    model, image_shape = settings["model"] or ("base" if large else "small"), images.shape[1:]
-    unet, defaults = NETWORKS[model](tuple(image_shape))
+    model = settings["model"] or ("base" if large else "small")
+    image_shape = tuple(images.shape[1:])
+    unet, defaults = NETWORKS[model](image_shape)
     settings |= {"model": model, **{k: v for k, v in defaults.items() if settings.get(k) is None}}
-    config = {"unet": unet, "schedule": settings["schedule"], "timesteps": TIMESTEPS,
-              "velocity": settings["velocity"], "image_shape": tuple(image_shape)}
+    config = {"unet": unet, "timesteps": TIMESTEPS, "image_shape": image_shape,
+              **{k: settings[k] for k in ("schedule", "velocity")}}
     if device.type == "cuda" and images.nbytes < 2**32:
         images = images.to(device)  # once, not a batch at a time
     print(f"{title_of(data)}: {len(images):,} images of {'x'.join(map(str, image_shape))} "
-          f"({data['source']}) in {len(data['classes'])} classes "
-          f"({', '.join(data['classes'][:20])}), {model} U-Net, {settings['steps']:,} steps of "
-          f"{min(settings['batch_size'], len(images))} on {device}")
+          f"({data['source']}) in {len(classes)} classes ({', '.join(classes[:20])}), {model} "
+          f"U-Net, {settings['steps']:,} steps of {settings['batch_size']} on {device}")
     unet, diffusion = train(settings, config, images, data, device, saved)
     samples = diffusion.sample(unet, 64, image_shape, 25, seed=settings["seed"])
     write_atomically(grid, lambda f: save_image(samples / 2 + 0.5, f, format="png"))
@@ -357,18 +348,17 @@ def load_dataset(name, root=None, train=True, image_shape=None, only=None, class
     files alone are opened.  classes: all of them, in the order of the labels, for a
     folder where some may be gone; None: as they lie there.  data: {"name", "source",
     "root", "classes"}.  Raises UserError if the folder does not hold it, or it cannot be
-    downloaded.
-    """
+    downloaded."""
     here, files, digits = Path(root or "data"), None, [str(d) for d in range(10)]
     data = {"name": name, "source": "torchvision", "root": os.path.abspath(here)}
     if name not in DATASETS:
-        raise UserError(f"{name} is not a dataset that is known here: {', '.join(DATASETS)} are")
+        raise UserError(f"the dataset {name!r} is not known here: {', '.join(DATASETS)} are")
     try:
         if here == MNIST_5K:
-            data, classes = {**data, "source": MNIST_5K.name, "root": None}, digits
-            arrays = np.load(here) if train else {"images": [], "labels": []}
-            images, labels = (torch.as_tensor(arrays[k]) for k in ("images", "labels"))
-            images, labels = images[:, None] if train else images, labels.long()
+            data |= {"source": MNIST_5K.name, "root": None}
+            arrays, n, classes = np.load(here), 5000 if train else 0, digits  # no test part
+            images, labels = (torch.from_numpy(arrays[k][:n]) for k in ("images", "labels"))
+            images, labels = images[:, None], labels.long()
         elif name == "folder":
             data["source"] = "folder"
             files, classes = folder_files(here, train, only, classes)
@@ -380,18 +370,15 @@ def load_dataset(name, root=None, train=True, image_shape=None, only=None, class
             grey, classes = name == "mnist", digits if name == "mnist" else dataset.classes
             images = images[:, None] if grey else images.permute(0, 3, 1, 2).contiguous()
             if len(images) != len(labels) or len(labels.unique()) < 10:
-                raise ValueError(f"{len(images):,} images, {len(labels):,} labels, "
-                                 f"{len(labels.unique())} classes")
+                raise ValueError(f"{len(images):,} images, {len(labels):,} labels")
     except UserError:
         raise
     except Exception as e:  # over damaged files torchvision fails in many ways
         if name == "mnist" and root is None and not list(here.glob("MNIST/raw/*ubyte")):
-            print(f"no network to download MNIST ({first_line(e)[:80]}): using the 5,000 MNIST "
-                  f"images in {MNIST_5K.name}")
+            print(f"no network ({first_line(e)[:60]}): using the 5,000 images in {MNIST_5K.name}")
             return load_dataset("mnist", MNIST_5K, train, image_shape, only)
-        raise UserError(f"{name} cannot be downloaded, or is damaged or not all there "
-                        f"({first_line(e)[:120]}): its published files belong in "
-                        f"{here / DATASETS[name]}; --data-root DIR says where they are") from e
+        raise UserError(f"{name} cannot be downloaded, or is damaged ({first_line(e)[:120]}): its "
+                        f"published files belong in {here / DATASETS[name]} (--data-root)") from e
     if files is not None:
         images = read_images([path for path, _ in files], image_shape or (3, 64, 64))
         labels = torch.tensor([i for _, i in files])
@@ -408,8 +395,7 @@ def folder_files(root, train, only, classes):
     training = here = root / "train" if subfolders(root / "train") else root
     classes = classes or list(subfolders(training))
     if not classes:
-        raise UserError(f"no folder of classes at {training}: it needs one sub-folder of images "
-                        "for each")
+        raise UserError(f"no classes in {training}: it needs a sub-folder of images for each")
     if not train:
         parts = [root / name for name in ("test", "val", "valid") if (root / name).is_dir()]
         if training == root or not parts:
@@ -420,8 +406,7 @@ def folder_files(root, train, only, classes):
         if only is None or name in only:
             found = image_files(folders[name]) if name in folders else []
             if train and not found:
-                raise UserError(f"no images of the class {name} in {here}; the classes there are "
-                                f"{', '.join(list(folders)[:20])}")
+                raise UserError(f"no images of the class {name} in {here}")
             files += [(path, i) for path in found]
     return files, classes
 
@@ -431,8 +416,7 @@ def tiny_imagenet_files(root, download, train, only):
     and val/images/, whose classes stand in val/val_annotations.txt.
 
     A class is its words in words.txt ("goldfish, Carassius auratus"), in the order of the
-    WordNet ids (n01443537). Raises OSError or ValueError where it is not all there.
-    """
+    WordNet ids (n01443537). Raises OSError or ValueError where it is not all there."""
     folder = root / "tiny-imagenet-200"
     if download and not (folder / "wnids.txt").exists():
         download_and_extract_archive(TINY_IMAGENET, root, md5="90528d7ca1a48142e341f4ef8d21d0de")
@@ -449,9 +433,8 @@ def tiny_imagenet_files(root, download, train, only):
         rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
         files = [(folder / "val" / "images" / name, chosen[wnid]) for name, wnid, *_ in rows
                  if wnid in chosen]
-    lacking = sorted(set(chosen.values()) - {i for _, i in files})
-    if lacking:
-        raise ValueError(f"no images of {classes[lacking[0]]}")
+    if len({i for _, i in files}) < len(chosen):
+        raise ValueError("some classes have no images")
     return files, classes
 
 
@@ -459,14 +442,12 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
     """The dataset that a checkpoint was trained on: (images, labels), or (None, None).
 
     data_root overrides its folder.  only: indices of the classes to read; the others
-    may be gone.  Raises UserError if it is not there.
-    """
+    may be gone.  Raises UserError if it is not there."""
     data, root = checkpoint.data, data_root or checkpoint.data["root"]
     if data_root is None and data["source"] == MNIST_5K.name:
         root = MNIST_5K
     elif root is not None and not os.path.isdir(root):
-        raise UserError(f"{checkpoint.path} was trained on {data['name']} in {root}, which is not "
-                        "there; say where with --data-root DIR")
+        raise UserError(f"the dataset is not in {root} any more: say where with --data-root DIR")
     names = None if only is None else [data["classes"][i] for i in only]
     return load_dataset(data["name"], root, train, checkpoint.config["image_shape"], names,
                         data["classes"])[:2]
@@ -481,16 +462,14 @@ def class_indices(names, classes):
     """Class names -> their indices, sorted; a name, or one of its words ("goldfish").
 
     A name counts as it is written, else without regard to capitals. Raises UserError
-    that lists the classes there are, or those that a name could mean.
-    """
+    that lists the classes there are, or those that a name could mean."""
     indices = set()
     for name in (unicodedata.normalize("NFC", name) for name in names):
         found = [i for i, c in enumerate(classes) if name == c] or [
             i for i, c in enumerate(classes) if name.lower() in [c.lower(), *c.lower().split(", ")]]
         if len(found) != 1:
             could = [classes[i] for i in found] or classes
-            raise UserError(f"{name!r} is {'no class' if not found else 'more than one class'}; "
-                            f"choose among: {'; '.join(could)}")
+            raise UserError(f"no class {name!r}, or more than one: choose among {'; '.join(could)}")
         indices.add(found[0])
     return sorted(indices)
 
@@ -511,31 +490,29 @@ def image_files(folder):
     """The images in a folder and below it, in order; says what it passes over.
 
     Links are followed, each folder once; what is hidden is left out. Raises OSError for
-    a folder that may not be read.
-    """
+    a folder that may not be read."""
     def fail(error):
         raise error
 
     files, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        key = os.path.realpath(place)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and key not in seen)
-        names = [] if key in seen else names  # a link back to where the walk has been
-        seen.add(key)
-        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+        if os.path.realpath(place) in seen:  # a link back to where the walk has been
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
     files.sort()
     images = [p for p in files if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()]
     if len(images) < len(files):
         others = [p.name for p in files if p not in set(images)]
-        print(f"{folder}: passing over {len(others)} files that are no images by their endings, or "
-              f"broken links ({', '.join(others[:5])}); if they matter, convert them to PNG")
+        print(f"{folder}: passing over {len(others)} files that are no images: {others[:5]}")
     return images
 
 
 def open_image(path):
     """An image file as Pillow's RGB image: upright by its EXIF orientation, 16 bits a
-    channel as 8, what is transparent over white. Pillow comes with torchvision.
-    """
+    channel as 8, what is transparent over white. Pillow comes with torchvision."""
     with Image.open(path) as file:
         kind, image = file.format, ImageOps.exif_transpose(file)
     if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
@@ -552,35 +529,29 @@ def read_images(paths, image_shape):
     """Image files, centre-cropped to squares and resized: (N, C, S, S) uint8.
 
     image_shape: (C, S, S), C None: grey if all are.  Raises UserError, which names the
-    file, for one that cannot be read.
-    """
+    file, for one that cannot be read."""
     channels, size = image_shape[0], image_shape[-1]
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    bar = tqdm(paths, "reading images", unit="image", disable=len(paths) < 1000)
-    for i, path in enumerate(bar):
+    for i, path in enumerate(tqdm(paths, "reading images", disable=len(paths) < 1000)):
         try:
             image = transforms.pil_to_tensor(open_image(path))  # (3, H, W) uint8
         except Exception as e:  # Pillow raises all kinds
-            raise UserError(f"cannot read the image {path} ({first_line(e)}): remove it, or "
-                            "convert it to PNG") from e
+            raise UserError(f"cannot read the image {path} ({first_line(e)[:80]})") from e
         image = transforms.center_crop(image, [min(image.shape[1:])] * 2)
-        if image.shape[1] != size:
-            image = transforms.resize(image, [size, size], antialias=True)
-        images[i] = image
+        images[i] = transforms.resize(image, [size, size], antialias=True)
     if channels == 3:
         return images
     grey = all(torch.equal(c[:, :1].expand_as(c), c) for c in images.split(1000))
-    if channels is None and not grey:
-        return images
-    return images[:, :1].clone() if grey else transforms.rgb_to_grayscale(images)
+    if grey:
+        return images[:, :1].clone()
+    return images if channels is None else transforms.rgb_to_grayscale(images)
 
 
 def load_images(folder, image_shape):
     """Every image in a folder and below it: (N, C, S, S). Raises UserError for none."""
-    paths = image_files(folder) if os.path.isdir(folder) else []
+    paths = image_files(folder)
     if not paths:
-        raise UserError(f"no images in {folder}: expected a folder with files ending in "
-                        f"{', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"no images in {folder}: they end in {', '.join(IMG_EXTENSIONS)}")
     return read_images(paths, image_shape)
 
 
@@ -599,37 +570,19 @@ def to_uint8(images):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="train_ddpm.py", description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=DATASETS, default="mnist",
-                   help="what to learn (default: mnist); folder: your own images, one sub-folder "
-                        "per class")
-    p.add_argument("--data-root", metavar="DIR",
-                   help="folder that holds the dataset already (default: download into data/); "
-                        "with --dataset folder the one with the classes, or with train/ and test/ "
-                        "folders of classes")
-    p.add_argument("--image-size", type=number(int, 8), default=32, metavar="N",
-                   help="with --dataset folder: crop images to squares and resize them to NxN "
-                        "(default: 32)")
-    p.add_argument("--model", choices=NETWORKS,
-                   help="small: for two CPU cores; base: DDPM's 35.7M parameters, for a GPU "
-                        "(default: small on a CPU and for mnist, otherwise base)")
-    p.add_argument("--output", metavar="FILE",
-                   help="checkpoint to write (default: checkpoints/DATASET.pt)")
-    p.add_argument("--resume", action="store_true",
-                   help="continue an interrupted run, to the result it would have had")
-    p.add_argument("--exclude-class", nargs="+", default=[], metavar="CLASS",
-                   help="leave these classes out: the model retrained without them is the oracle "
-                        "of unlearning")
-    p.add_argument("--steps", type=number(int, 1),
-                   help="gradient steps (default: 5500 for small if grey, else 3500; 200000 for "
-                        "base)")
-    p.add_argument("--batch-size", type=number(int, 1),
-                   help="images per step (default: 64 for small, 128 for base)")
-    p.add_argument("--lr", type=number(float, 1e-12),
-                   help="AdamW's highest learning rate (default: 0.002 for small, 0.0002 for base)")
-    p.add_argument("--save-every", type=number(int, 1), default=1000, metavar="N",
-                   help="save every N steps, in case the machine stops (default: 1000)")
+    p.add_argument("--dataset", choices=DATASETS, default="mnist", help="default: mnist")
+    p.add_argument("--data-root", help="folder that holds it already (default: download to data/)")
+    p.add_argument("--image-size", type=number(int, 8), default=32, help="of --dataset folder: 32")
+    p.add_argument("--model", choices=NETWORKS, help="default: small on a CPU and for mnist")
+    p.add_argument("--output", help="default: checkpoints/DATASET.pt")
+    p.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    p.add_argument("--exclude-class", nargs="+", default=[], help="retrain without these classes")
+    p.add_argument("--steps", type=number(int, 1), help="default: as the model's settings say")
+    p.add_argument("--batch-size", type=number(int, 1), help="images per step (default: likewise)")
+    p.add_argument("--lr", type=number(float, 1e-12), help="AdamW's highest (default: likewise)")
+    p.add_argument("--save-every", type=number(int, 1), default=1000, help="steps (default: 1000)")
     add_shared_flags(p)
     return p
 

@@ -27,8 +27,7 @@ def timestep_embedding(t, dim, sin_first=False):
     sin(t w_k), with frequencies w_k that fall geometrically from 1 to 1/10,000: the slow
     ones tell early from late, the fast ones tell neighbouring steps apart.
     sin_first: DDPM's own order, whose last frequency is 1/10,000 itself. Stable
-    Diffusion's stops one short of it.
-    """
+    Diffusion's stops one short of it."""
     half = dim // 2
     last = half - 1 if sin_first else half
     k = torch.arange(half, device=t.device, dtype=torch.float32)
@@ -170,8 +169,7 @@ class Downsample(nn.Module):
     """Halve height and width with a strided convolution (an odd size rounds up).
 
     pad_end: a border of zeros at the right and the bottom only, as TensorFlow pads and
-    DDPM's own weights expect.
-    """
+    DDPM's own weights expect."""
 
     def __init__(self, channels, pad_end=False):
         super().__init__()
@@ -237,8 +235,7 @@ class UNet(nn.Module):
                            1e-6, True, True in DDPM's published weights; see
                            normalization, timestep_embedding, Downsample.
 
-    Shapes: see `forward`. Any H and W will do.
-    """
+    Shapes: see `forward`. Any H and W will do."""
 
     def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
                  attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1,
@@ -249,12 +246,9 @@ class UNet(nn.Module):
         # The schedule belongs to ddpm.py: persistent=False keeps it out of state_dict.
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
 
-        emb_channels = 4 * model_channels
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_channels), nn.SiLU(),
-                                        nn.Linear(emb_channels, emb_channels))
-
-        def residual(channels, out_channels):
-            return ResBlock(channels, out_channels, emb_channels, dropout, norm_eps)
+        E = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, E), nn.SiLU(), nn.Linear(E, E))
+        residual = lambda channels, out: ResBlock(channels, out, E, dropout, norm_eps)
 
         def attention(channels):
             heads = channels // head_channels if head_channels else num_heads
@@ -310,8 +304,7 @@ class UNet(nn.Module):
 
         context: (B, L, context_dim), the encoded prompts, where the network takes any.
         return_middle=True returns the middle block's features (B, C', h, w) instead:
-        what the network itself sees in an image.
-        """
+        what the network itself sees in an image."""
         H, W = x.shape[-2:]
         p = self.patch_size
         h = F.pad(x, (0, -W % p, 0, -H % p))  # to a multiple of p

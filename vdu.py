@@ -5,7 +5,8 @@
 
 Holds    the derivation, the losses, the objective, the loop; below a rule what goes
          beyond the paper; last the command line. The posterior is in train_ddpm.py.
-Reads    a checkpoint of train_ddpm.py, or DDPM weights of others; images of what will be
+Reads    a checkpoint of train_ddpm.py (or, where there is none, the model of MNIST that
+         ships with the code), or DDPM weights of others; images of what will be
          forgotten, of a class or in a folder. Never a retained image.
 Writes   a checkpoint, checkpoints/mnist-forget-1.pt, that remembers what it forgot.
 Paper    VDU (arXiv 2510.04058), its method: the two terms, posterior, objective.
@@ -77,16 +78,14 @@ def plasticity_loss(unet, diffusion, x0, t, eps):
     """A per image: || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1-abar_t) eps, t) ||^2.
 
     x0, eps: (n, C, H, W), images of D_f and unit noise.  t: (n,).  Returns (n,), the
-    sum over the d dimensions (VDU, plasticity inducer).
-    """
+    sum over the d dimensions (VDU, plasticity inducer)."""
     return diffusion.simple_loss(unet, x0, t, eps) * x0[0].numel()
 
 
 def stability_loss(theta, posterior):
     """B = sum_i (theta_i - mu*_i)^2 / (2 sigma*_i^2): the KL of (3), less constants.
 
-    theta: {name: parameter}.  Returns a scalar (VDU, stability regularizer).
-    """
+    theta: {name: parameter}.  Returns a scalar (VDU, stability regularizer)."""
     return sum(((p - posterior.mean[k]) / posterior.std[k]).square().sum()
                for k, p in theta.items()) / 2
 
@@ -107,8 +106,7 @@ class PaperObjective:
     batch_size: images per call.  t_range: shares of T between which t is drawn.
     context: (M, L, E) encoded prompts, one drawn for each image, where the network takes
     any.  A is shown per dimension and B per parameter.  Raises UserError for an empty
-    t_range.  unit: d/P, in which `unlearn` measures L.
-    """
+    t_range.  unit: d/P, in which `unlearn` measures L."""
 
     def __init__(self, diffusion, posterior, forget, gamma, batch_size=64, t_range=(0, 1),
                  context=None):
@@ -145,8 +143,9 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
 
     net: any nn.Module; those parameters move that require a gradient, and the posterior
     must be of the same.  objective: called with net, returns (loss, dict of numbers to
-    show); its `unit`, 1 where it has none, divides the loss.  lr: in posterior standard deviations.  adam: its steps in z in place of
-    SGD's.  accumulate: batches per step.  check: called after each step with its number,
+    show); its `unit`, 1 where it has none, divides the loss.  lr: in posterior standard
+    deviations.  adam: its steps in z in place of SGD's.  accumulate: batches per step.
+     check: called after each step with its number,
     True ends the loop; its `text`, a dict, is shown.
     Sets torch's global seed. Train or eval mode is the caller's choice. Returns {"steps",
     "first", "last": the numbers of these steps, "moved_rms_sigma"}. Raises UserError if
@@ -155,8 +154,7 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
 
     The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
     posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A.
-    (Adam on theta would move each by lr, whatever its sigma*.)
-    """
+    (Adam on theta would move each by lr, whatever its sigma*.)"""
     theta = {k: p for k, p in net.named_parameters() if p.requires_grad}
     check_parameters("the posterior", posterior.mean, theta)
     torch.manual_seed(seed)
@@ -196,8 +194,7 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
     if broken or not math.isfinite(moved):
         posterior.unwhiten({k: torch.zeros_like(p) for k, p in theta.items()}, theta)
         raise UserError(f"{broken or 'the weights became infinite in the last step'}; nothing was "
-                        "written, the old checkpoint is as it was: try a larger --gamma or a "
-                        f"smaller --lr than {lr:g}")
+                        f"written: try a larger --gamma or a smaller --lr than {lr:g}")
     first, last = (history[0], history[-1]) if history else ({}, {})
     return {"steps": len(history), "first": first, "last": last, "moved_rms_sigma": moved}
 
@@ -213,8 +210,7 @@ def guessed_posterior(named_parameters, share=0.02):
     A DEPARTURE from the paper, whose sigma* is measured. This one knows only the scale
     of each tensor, not which of its parameters training pinned down. (Measured on
     MNIST, the share is 0.015 for the median tensor, 0.006 to 0.07 for all that are
-    matrices.) `n` is 1; std holds one number per tensor.
-    """
+    matrices.) `n` is 1; std holds one number per tensor."""
     mean = {k: p.detach().clone() for k, p in named_parameters}
     std = {k: share * m.float().square().mean().sqrt() for k, m in mean.items()}
     return GaussianPosterior(mean, std, 1)
@@ -257,8 +253,7 @@ class Likeness:
     frozen: eps_theta*, called as unet is.  forget: (N, C, H, W).  others: (M, C, H, W),
     samples of theta*.  rho: share of D_f among all.  prompts: what the network takes
     beside images and t, for one image.  levels: which, of 20.  images: of either kind,
-    each.
-    """
+    each."""
 
     LEVELS, OF_IMAGES = 20, (4, 6)  # clean images are judged at two of the levels
 
@@ -315,8 +310,7 @@ class Likeness:
 def fit_logistic(x, y, decay=0.02, iterations=10):
     """L logistic regressions: x (L, n, d), y (L, n) of 0 and 1 -> (L, d), (L,).
 
-    Mean cross-entropy + decay |weight|^2, by Newton's method.
-    """
+    Mean cross-entropy + decay |weight|^2, by Newton's method."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], dim=2)  # the last weight is the bias
     ridge = torch.full(x.shape[2:], 2 * decay)
     ridge[-1] = 1e-6
@@ -336,8 +330,7 @@ class FunctionSpaceObjective(PaperObjective):
     lambda(t) = 1 / sqrt(a*(t)), a* the error of theta*: low t would rule otherwise.
     frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), images of theta*.
     kept_context: (M, L, E), their encoded prompts, where the network takes any.
-    likeness: w(x_t).  kappa: see (b), 1 is Bayes' rule.  Others: PaperObjective's.
-    """
+    likeness: w(x_t).  kappa: see (b), 1 is Bayes' rule.  Others: PaperObjective's."""
 
     FURTHEST = 20.0  # times its old error that an image of D_f is pushed past, at most
 
@@ -409,8 +402,7 @@ class ForgottenCheck:
     with the same noise each time.  steps: the last of which is always looked at, the
     others every 50; half-way where nothing stops.  until: done once the share has
     fallen by this much of itself; 0 is never.  stop: has .requested, which ends the
-    loop as well.  `history` is a list of (step, share).
-    """
+    loop as well.  `history` is a list of (step, share)."""
 
     def __init__(self, sample, likeness, steps, until=0.99, stop=None):
         self.sample, self.likeness, self.steps, self.until = sample, likeness, steps, until
@@ -440,25 +432,24 @@ PAPER = dict(
     t_range=[0.7, 1.0],  # at high noise it is decided which class an image will be
     anchors=600,        # samples of theta* that the self-check compares D_f with
     kappa=None,
-    until=0.99,         # stop once 99% of what looked like D_f is gone
-)
+    until=0.99)         # stop once 99% of what looked like D_f is gone
 FUNCTION_SPACE = dict(
-    gamma=None,
+    gamma=0.0,          # B has no part in it
     lr=0.3,             # Adam's, in sigma*; it falls to 0
     steps=250,
     batch_size=64,      # of D_f, and as many of theta*'s samples
     t_range=[0.3, 1.0],
     anchors=2000,       # stand for the data that nobody has
     kappa=5.0,          # Bayes' rule says 1; 5 gets there in these steps
-    until=0.0,          # go on to the end: what was harmed on the way heals by then
-)
+    until=0.0)          # go on to the end: what was harmed on the way heals by then
 
 
 def with_defaults(args, paper, function_space):
     """The flags, those that were left away (None) as the chosen method has them."""
     defaults = function_space if args.function_space else paper
-    left_away = {k: v for k, v in defaults.items() if getattr(args, k, None) is None}
-    return argparse.Namespace(**{**vars(args), **left_away})
+    settings = vars(args) | {k: v for k, v in defaults.items() if getattr(args, k, None) is None}
+    method = "in function space, kappa {kappa}" if args.function_space else "gamma {gamma}"
+    return argparse.Namespace(**settings, method=method.format(**settings))
 
 
 def main(args):
@@ -471,79 +462,76 @@ def main(args):
     checkpoint = load_checkpoint(path, device)
     unet, diffusion, data = checkpoint.unet, checkpoint.diffusion, checkpoint.data
     if checkpoint.forgotten:
-        raise UserError(f"{path} has forgotten something already, and its posterior is that of "
-                        f"{checkpoint.forgotten['checkpoint']}: forget all at once from there, "
-                        "--forget-class A B")
+        raise UserError(f"{path} has already forgotten something: go back to "
+                        f"{checkpoint.forgotten['checkpoint']} and forget all at once")
     indices = class_indices(args.forget_class or [], data["classes"])
     classes = [data["classes"][i] for i in indices]
     if set(classes) & set(data["excluded"]):
         raise UserError(f"{path} was trained without {', '.join(classes)}: nothing to forget")
+    if 0 < len(classes) == len(data["classes"]) - len(data["excluded"]):
+        raise UserError("--forget-class names all classes: nothing would stay")
     output = choose_output(args, path, checkpoint, classes)
     posterior, origin = choose_posterior(args, path, checkpoint, device)
     forget, rho = load_forget_images(args, checkpoint, indices)
     forget, what = forget.to(device), args.forget_images or ", ".join(classes)
-    how = (f"in function space, share {rho:.3g} of the data, kappa {args.kappa:g}"
-           if args.function_space else f"the paper's two terms, gamma {args.gamma:g}")
-    print(f"forgetting {what}: {len(forget):,} images, {how}, at most {args.steps} steps of "
-          f"{args.batch_size} on {device}; {origin}")
+    print(f"forgetting {what}: {len(forget):,} images, {args.method}, share {rho:.3g} of the data, "
+          f"at most {args.steps} steps of {args.batch_size} on {device}; {origin}")
 
     # What theta* itself draws stands for the data; those most like D_f are left out:
     # a first guess takes twice as many as are of D_f, and the rest is what stays.
-    began, parent, shape = time.time(), digest(unet.state_dict().values()), tuple(forget.shape[1:])
+    parent, shape = digest(unet.state_dict().values()), tuple(forget.shape[1:])
     torch.manual_seed(args.seed)
     frozen = frozen_copy(unet, posterior)
     draw = lambda n, seed: diffusion.sample(unet, n, shape, 25, eta=1.0, seed=seed,
                                             progress=seed == args.seed + 1).to(device)
-    posterior.unwhiten({k: torch.zeros_like(m) for k, m in posterior.mean.items()},
-                       dict(unet.named_parameters()))
+    unet.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; buffers never moved
     generated = draw(args.anchors, args.seed + 1)
     order = Likeness(frozen, diffusion, forget, generated, rho).of_images(generated).argsort()
     kept = generated[order[: round((1 - min(0.6, 2 * rho)) * len(order))].to(device)]
-    levels = Likeness.OF_IMAGES
-    if args.function_space:
-        lowest = min(int(args.t_range[0] * Likeness.LEVELS), *levels)
-        levels = range(lowest, Likeness.LEVELS)
+    lowest = min(int(args.t_range[0] * Likeness.LEVELS), *Likeness.OF_IMAGES)
+    levels = range(lowest, Likeness.LEVELS) if args.function_space else Likeness.OF_IMAGES
     likeness = Likeness(frozen, diffusion, forget, kept, rho, levels=levels)
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
-    with StopRequest() as stop:
-        check = ForgottenCheck(lambda: draw(min(CHECK_SAMPLES, args.anchors), args.seed + 2),
-                               likeness, args.steps, args.until, stop)
-        objective = PaperObjective(*common) if not args.function_space else (
-            FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness, rho=rho,
-                                   kappa=args.kappa))
-        record = unlearn(unet, posterior, objective, args.lr, args.steps, args.function_space,
-                         seed=args.seed, check=check, progress=True)
+    objective = PaperObjective(*common) if not args.function_space else FunctionSpaceObjective(
+        *common, frozen=frozen, kept=kept, likeness=likeness, rho=rho, kappa=args.kappa)
+
+    def save(record):
         forgotten = {"classes": classes, "images_from": args.forget_images, "images": len(forget),
                      "checkpoint": os.path.abspath(path), "settings": vars(args), **record,
-                     "rho": rho, "like_D_f": check.history, "parent": parent}
+                     "rho": rho, "parent": parent}
         raw = {k: v for k, v in checkpoint.raw.items() if k != "train"}
         save_checkpoint(output, {**raw, "weights": unet.state_dict(), "forgotten": forgotten,
-                                 "posterior": {k: getattr(posterior, k)
-                                               for k in ("mean", "std", "n")}})
-    report(record, check, args, time.time() - began, stop.requested)
-    files = shlex.quote(output) + (f" --data-root {shlex.quote(args.data_root)}"
-                                   if args.data_root else "")
-    print(f"wrote {output}; see what came of it: python evaluate.py --after {files}"
-          f"{'' if classes else ' --forget-class CLASS'}")
+                                 "posterior": posterior.contents()})
+
+    run(args, unet, posterior, objective, likeness, save=save,
+        sample=lambda: draw(min(CHECK_SAMPLES, args.anchors), args.seed + 2))
+    more = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
+    print(f"wrote {output}; measure it: python evaluate.py --after {shlex.quote(output)}{more}")
+
+
+def run(args, net, posterior, objective, likeness, sample, save):
+    """Unlearn as the flags say, save (also after Ctrl-C), and say what came of it, as the
+    network itself judges."""
+    began = time.time()
+    with StopRequest() as stop:
+        check = ForgottenCheck(sample, likeness, args.steps, args.until, stop)
+        adam = args.function_space or "concept" in args
+        record = unlearn(net, posterior, objective, args.lr, args.steps, adam,
+                         getattr(args, "accumulate", 1), args.seed, check, progress=True)
+        save({**record, "like_D_f": check.history})
+    A, (_, first), (_, last) = record["last"]["A"], check.history[0], check.history[-1]
+    print(f"{'interrupted, and saved as it stood' if stop.requested else 'done'} after "
+          f"{record['steps']} steps ({time.time() - began:.0f} s): A from "
+          f"{record['first']['A']:.4f} to {A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma "
+          f"(rms), samples like D_f from {100 * first:.1f}% to {100 * last:.1f}%")
+    if A > 1:  # nothing that a broken network draws looks like D_f
+        print(f"A of a network that always says 0 is 1, and here it is {A:.3g}: it is broken, and "
+              "has lost more than D_f; try a larger --gamma, or a smaller --lr or --kappa")
+    elif first >= 0.01 and last > 0.1 * first:
+        also = "a larger --kappa" if args.function_space else "--function-space, which is ours"
+        print(f"It is still there: try more --steps, or {also}")
     if stop.requested:
         raise KeyboardInterrupt
-
-
-def report(record, check, args, seconds, interrupted):
-    """What unlearning did, and whether D_f is gone, as the network itself judges."""
-    A, (_, first), (step, last) = record["last"]["A"], check.history[0], check.history[-1]
-    print(f"{'interrupted, and saved as it stood' if interrupted else 'done'} after "
-          f"{record['steps']} steps ({seconds:.0f} s): A {record['first']['A']:.4f} in the first "
-          f"step, {A:.4f} in the last, theta moved {record['moved_rms_sigma']:.4f} sigma (rms)")
-    if A > 1:  # nothing that a broken network draws looks like D_f
-        print(f"A ended at {A:.3g}, and a network that always says 0 has 1: this one is broken, "
-              "and has lost more than D_f; try a larger --gamma, or a smaller --lr or --kappa")
-        return
-    print(f"samples that look like D_f to the pre-trained network: {100 * first:.1f}% before, "
-          f"{100 * last:.1f}% after {step} steps")
-    if first >= 0.01 and last > 0.1 * first:
-        print("It is still there: try more --steps, or " + (
-            "a larger --kappa" if args.function_space else "--function-space (beyond the paper)"))
 
 
 def choose_output(args, path, checkpoint, classes):
@@ -552,12 +540,11 @@ def choose_output(args, path, checkpoint, classes):
     if checkpoint.data["source"].startswith("published") or place == SHIPPED:
         place = Path("checkpoints") / f"{place.stem}.pt"  # the result is a checkpoint of ours
     what = "-".join(classes) or os.path.basename(os.path.abspath(args.forget_images))
-    what = what if len(what) < 100 else f"{len(classes)}-classes"
-    what = "".join(c if c.isalnum() or c in " .-_" else "_" for c in what)  # never a path
+    # never a path, and no longer than a file's name may be
+    what = "".join(c if c.isalnum() or c in " .-_" else "_" for c in what)[:60]
     output = args.output or str(place.with_name(f"{place.stem}-forget-{what}{place.suffix}"))
     if os.path.abspath(output) == os.path.abspath(path):
-        raise UserError("--output is the --checkpoint itself: evaluate.py needs both, choose "
-                        "another")
+        raise UserError("--output is the --checkpoint itself, and evaluate.py needs both")
     check_outputs([output], args.overwrite, (".pt", ".pth", ".ckpt"))
     return output
 
@@ -569,18 +556,13 @@ def choose_posterior(args, path, checkpoint, device):
     """
     def snapshot(file):  # the weights at one moment of a training
         moment = load_checkpoint(file)
-        same = all(moment.config[k] == checkpoint.config[k] for k in ("schedule", "timesteps",
-                                                                      "velocity", "image_shape"))
+        same = all(moment.config[k] == checkpoint.config[k] for k in ("schedule", "velocity"))
         if moment.forgotten or not same:
-            raise UserError(f"{file} has unlearned something, or has another schedule or size of "
-                            "images: it is no sample of this model's p(theta | D)")
-        if "train" in moment.raw:  # that step's weights, not their mean so far
-            return moment.raw["train"]["unet"]
-        if moment.posterior:
-            raise UserError(f"{file} holds the mean of a whole training, and its posterior, too: "
-                            "give copies that --save-every made on the way, or leave --posterior "
-                            "away")
-        return moment.unet.state_dict()
+            raise UserError(f"{file} is no sample of p(theta | D): it is unlearned, or another's")
+        if moment.posterior and "train" not in moment.raw:
+            raise UserError(f"{file} is the mean of a whole training: give copies made on the way")
+        # that step's weights, not their mean so far
+        return moment.raw.get("train", {"unet": moment.unet.state_dict()})["unet"]
 
     parameters = dict(checkpoint.unet.named_parameters())
     if args.posterior:
@@ -588,12 +570,11 @@ def choose_posterior(args, path, checkpoint, device):
     elif checkpoint.posterior:
         posterior = GaussianPosterior(**checkpoint.posterior)
     elif "train" in checkpoint.raw:
-        raise UserError(f"{path} holds no posterior yet: its training was interrupted; finish it "
-                        f"with python train_ddpm.py --resume --output {shlex.quote(path)}")
+        raise UserError(f"{path} holds no posterior yet: finish its training with python "
+                        f"train_ddpm.py --resume --output {shlex.quote(path)}")
     else:
-        return guessed_posterior(parameters.items()).to(device), (
-            "one checkpoint and no posterior: sigma* is guessed, 2% of each tensor's root mean "
-            "square (--posterior FILE FILE measures it)")
+        return guessed_posterior(parameters.items()), (
+            "sigma* is guessed, 2% of each tensor's scale (--posterior FILE FILE measures it)")
     return posterior.to(device), f"posterior of {posterior.n} checkpoints"
 
 
@@ -601,8 +582,7 @@ def load_forget_images(args, checkpoint, indices):
     """D_f as (N, C, H, W) in [-1, 1], and rho, its share of the training set.
 
     Files of other classes stay shut. rho is counted where that can be, or it is
-    --share.
-    """
+    --share."""
     generator = torch.Generator().manual_seed(args.seed)
     shuffled = lambda x: x[torch.randperm(len(x), generator=generator)]
     if args.forget_images:
@@ -620,60 +600,32 @@ def load_forget_images(args, checkpoint, indices):
 
 def add_unlearning_flags(p, paper, function_space):
     """The flags that vdu.py and sd_unlearn.py share; with their dicts of defaults."""
-    def default(name):
-        values = [paper[name], function_space[name]]
-        shown = f"{values[0]}, {values[1]} with --function-space" if None not in values else (
-            f"{values[0] if values[1] is None else values[1]}")
-        return f"(default: {shown if values[0] != values[1] else values[0]})"
-
-    p.add_argument("--gamma", type=number(float, 0, 1),
-                   help="0 (gradient ascent alone) .. 1 (stay at the posterior's mean): smaller "
-                        f"forgets more {default('gamma')}")
-    p.add_argument("--lr", type=number(float, 1e-12),
-                   help=f"step size in posterior standard deviations {default('lr')}")
-    p.add_argument("--steps", type=number(int, 1), help=f"steps, at most {default('steps')}")
-    p.add_argument("--batch-size", type=number(int, 1), metavar="N",
-                   help=f"images per step {default('batch_size')}")
+    said = {k: f"(default: {paper[k]}, {function_space[k]} with --function-space)" for k in paper}
+    p.add_argument("--gamma", type=number(float, 0, 1), help=f"0 ascends, 1 stays {said['gamma']}")
+    p.add_argument("--lr", type=number(float, 1e-12), help=f"step size in sigma* {said['lr']}")
+    p.add_argument("--steps", type=number(int, 1), help=f"at most {said['steps']}")
+    p.add_argument("--batch-size", type=number(int, 1), help=f"images a step {said['batch_size']}")
     p.add_argument("--t-range", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
-                   help="shares of T between which the plasticity inducer draws t; 0 1 is the "
-                        f"paper's choice, all of them {default('t_range')}")
-    p.add_argument("--posterior", nargs="+", metavar="FILE",
-                   help="estimate mu* and sigma* from these checkpoints of one training")
+                   help=f"shares of T between which A draws t; the paper: 0 1 {said['t_range']}")
+    p.add_argument("--posterior", nargs="+", help="mu*, sigma* from these files of one training")
     g = p.add_argument_group("beyond the paper, ours")
-    g.add_argument("--function-space", action="store_true",
-                   help="the KL with the full covariance: keep eps_theta as it was on images that "
-                        "the model itself draws, in place of the parameters as they were")
-    g.add_argument("--share", type=number(float, 1e-6, 1 - 1e-6), metavar="RHO",
-                   help="share of D_f in the training set (default: counted, or 0.1 where it "
-                        "cannot be; with prompts 0.5)")
-    g.add_argument("--kappa", type=number(float, 1e-6),
-                   help="with --function-space: 1 weighs as Bayes' rule does, more forgets sooner "
-                        f"and harms more {default('kappa')}")
-    g.add_argument("--anchors", type=number(int, 10), metavar="N",
-                   help=f"images that the model draws of what it knows {default('anchors')}")
+    g.add_argument("--function-space", action="store_true", help="keep eps_theta, not theta")
+    g.add_argument("--share", type=number(float, 1e-6, 1 - 1e-6), help="rho (default: counted)")
+    g.add_argument("--kappa", type=number(float, 1e-6), help=f"1 is Bayes' rule {said['kappa']}")
+    g.add_argument("--anchors", type=number(int, 10), help=f"own samples {said['anchors']}")
     return g
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="vdu.py", description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--forget-class", nargs="+", metavar="CLASS",
-                      help="one or several classes to forget, by name")
-    what.add_argument("--forget-images", metavar="DIR",
-                      help="forget what the images in this folder show: no class, label or "
-                           "dataset is needed; what is transparent in them becomes white")
-    p.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="FILE",
-                   help="the trained model: of train_ddpm.py, or DDPM's published weights "
-                        f"(default: {DEFAULT_CHECKPOINT}, or the model of MNIST that ships with "
-                        "the code)")
-    p.add_argument("--output", metavar="FILE",
-                   help="the unlearned model (default: CHECKPOINT-forget-CLASS.pt, in "
-                        "checkpoints/ for published weights)")
-    p.add_argument("--forget-samples", type=number(int, 1), metavar="N",
-                   help="see only N images, of each class if by class (default: all)")
-    p.add_argument("--data-root", metavar="DIR",
-                   help="folder of the dataset (default: where the model was trained)")
+    what.add_argument("--forget-class", nargs="+", metavar="CLASS", help="by name, one or several")
+    what.add_argument("--forget-images", metavar="DIR", help="what these images show; no labels")
+    p.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help=f"or {DEFAULT_CHECKPOINT}")
+    p.add_argument("--output", help="default: CHECKPOINT-forget-CLASS.pt")
+    p.add_argument("--forget-samples", type=number(int, 1), help="images per class (default: all)")
+    p.add_argument("--data-root", help="folder of the dataset (default: as in training)")
     add_unlearning_flags(p, PAPER, FUNCTION_SPACE)
     add_shared_flags(p)
     return p
