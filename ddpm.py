@@ -39,16 +39,14 @@ from unet import UNet
 # --------------------------------------------------------------------------------------
 # The diffusion
 
-
 def beta_schedule(name, T):
     """The variances beta_t of the forward process: (T,) float64.
 
     linear         from 1e-4 to 0.02 in even steps, for T = 1000 (DDPM, section 4); a
                    shorter chain takes proportionally larger steps
     cosine         from abar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2),
-                   s = 0.008 (Nichol & Dhariwal 2021, eq. 17): on small images it leaves
-                   something to see for longer
-    scaled_linear  sqrt(beta_t) from sqrt(0.00085) to sqrt(0.012) in even steps: Stable
+                   s = 0.008 (Nichol & Dhariwal 2021, eq. 17): it leaves more to see
+    scaled_linear  sqrt(beta_t) from sqrt(0.00085) to sqrt(0.012) evenly: Stable
                    Diffusion's"""
     if name == "linear":
         scale = 1000 / T
@@ -66,10 +64,8 @@ def beta_schedule(name, T):
 
 def stratified_timesteps(n, low, high, device="cpu"):
     """n step indices, one from each n-th of low .. high-1, in random order: (n,) int64.
-
     The loss differs a hundredfold between t near 0 and t near T. To cover the range
-    evenly within a batch takes that out of the gradient's noise and leaves its
-    expectation."""
+    evenly within a batch takes that out of the gradient's noise."""
     u = (torch.randperm(n) + torch.rand(n)) / n  # (n,) in [0, 1)
     return (low + u * (high - low)).long().clamp(max=high - 1).to(device)
 
@@ -87,7 +83,6 @@ def image_noise(streams, shape):
 
 def grey_level_log_likelihood(x, mean, std):
     """log of the mass that N(mean, std^2) gives to x's grey level (DDPM eq. 13).
-
     The bin is x +- 1/255, open at both ends of [-1, 1]. Shapes: like x."""
     upper, lower = ((x + edge - mean) / std for edge in (1 / 255, -1 / 255))
     upper = torch.where(x > 0.999, torch.ones_like(x), torch.special.ndtr(upper))
@@ -97,10 +92,8 @@ def grey_level_log_likelihood(x, mean, std):
 
 class Diffusion(nn.Module):
     """q and p_theta of DDPM, for a network eps_theta called as unet(x_t, t).
-
     schedule: a name that beta_schedule knows, or a (T,) tensor of betas of your own.
-    timesteps: T, where schedule is a name.  Every buffer is (T,), float32, computed in
-    float64."""
+    timesteps: T, where schedule is a name.  Every buffer is (T,), float32."""
 
     def __init__(self, schedule="linear", timesteps=1000):
         super().__init__()
@@ -129,7 +122,6 @@ class Diffusion(nn.Module):
 
     def simple_loss(self, unet, x0, t, eps):
         """|| eps - eps_theta(x_t, t) ||^2 / D, x_t of q_sample (DDPM eq. 14).
-
         x0, eps: (B, C, H, W).  t: (B,).  Returns (B,): the squared error per dimension,
         1 for a network that always says 0. Averaged over t and eps it is the
         variational bound below with every term's weight set to 1."""
@@ -139,7 +131,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def variational_bound(self, unet, x0, steps=None, seed=0):
-        """-log p_theta(x_0) <= L_0 + sum_t L_{t-1} + L_T (eq. 5), in bits per dimension.
+        """-log p_theta(x_0) <= L_0 + sum_t L_{t-1} + L_T (eq. 5), bits/dimension.
 
         x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  sigma_t^2 =
         beta_t. steps=None computes every L_{t-1}; steps=S about S of them, close
@@ -150,9 +142,7 @@ class Diffusion(nn.Module):
           "L_t" (B, S)   KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), t > 1
           "L_0" (B,)     -log p_theta(x_0 | x_1), over the grey levels
           "total" (B,)   their sum
-        `simple_loss` drops the weights beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t))
-        that make each L_{t-1} a KL divergence (eq. 12): only the weighted sum bounds
-        -log p."""
+        Only with the weights of eq. 12, which `simple_loss` drops, are they bounds."""
         B, D = x0.shape[0], x0[0].numel()
         generator = torch.Generator().manual_seed(seed)
         x0_64, abar_T = x0.cpu().double(), self.alpha_bar[-1].cpu().double()
@@ -165,7 +155,6 @@ class Diffusion(nn.Module):
             xt = self.q_sample(x0, tt, eps)
             with autocast(x0.device):
                 return xt, tt, eps, unet(xt, tt)
-
         # The steps to compute, and the edges between which each of them stands for all.
         grid = np.unique(np.geomspace(1, self.T - 1, steps).round()) if steps else range(1, self.T)
         grid = np.array(grid, dtype=int)
@@ -177,7 +166,9 @@ class Diffusion(nn.Module):
             error = (eps - eps_theta).cpu().double().square().flatten(1).sum(1)  # (B,)
             beta, alpha, abar, q_var = (b[t].cpu().double() for b in (
                 self.beta, self.alpha, self.alpha_bar, self.posterior_variance))
-            # A KL between Gaussians: eq. 12 between the means, the rest between variances.
+            # A KL between Gaussians. Between the means, eq. 12: the error of eps
+            # weighted by beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)). The rest is of
+            # the variances.
             weight = beta**2 / (2 * beta * alpha * (1 - abar))
             spread = (beta / q_var).log() + q_var / beta - 1
             L_t[:, i] = weight * error + D / 2 * spread
@@ -195,8 +186,7 @@ class Diffusion(nn.Module):
 
         z: unit noise of x_t's shape.  eta = 0 is deterministic; eta = 1 with t_prev =
         t-1 is DDPM's ancestral step, of mean mu tilde_t and variance beta tilde_t (DDIM
-        eq. 16).  clip: keep the predicted x_0 in [-1, 1], where images live and latents
-        do not."""
+        eq. 16).  clip: keep x_0 in [-1, 1], as images are."""
         with autocast(xt.device):
             eps = unet(xt, t)
         x0 = self.predict_x0(xt, t, eps)
@@ -217,13 +207,13 @@ class Diffusion(nn.Module):
 
         steps=S: through S evenly spaced steps, all T for None; with eta = 1 that is
         DDPM's ancestral sampling.  Image i gets its noise from (seed, i) alone, so
-        neither batch_size nor n changes it.  batch_size: None takes 500 on a GPU, 125
-        on a CPU, whose caches hold no more.  Raises UserError if S is not in 1 .. T, or
+        neither batch_size nor n changes it.  Raises UserError if S is not in 1 .. T, or
         if an image is not finite."""
         if steps is not None and not 1 <= steps <= self.T:
             raise UserError(f"sampling steps must be from 1 to {self.T}, not {steps}")
         grid = np.linspace(self.T - 1, 0, steps or self.T).round().astype(int).tolist()
         device = self.alpha_bar.device
+        # a CPU's caches hold no more than 125
         batch_size = batch_size or (125 if device.type == "cpu" else 500)
         out = torch.empty(n, *shape)
         bar = tqdm(total=n * len(grid), desc="sampling", unit="img*step", unit_scale=True,
@@ -248,7 +238,6 @@ class Diffusion(nn.Module):
 
 def training_step(unet, diffusion, optimizer, x0):
     """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W). Returns the loss.
-
     Where the loss is not a finite number, no step is taken."""
     t = stratified_timesteps(len(x0), 0, diffusion.T, x0.device)  # (B,)
     loss = diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean()  # DDPM eq. 14
@@ -264,11 +253,7 @@ def training_step(unet, diffusion, optimizer, x0):
 # --------------------------------------------------------------------------------------
 # The checkpoint file: a dictionary of tensors and plain values, by torch.save
 
-
-FIELDS = "unet diffusion posterior config data step forgotten path raw"
-
-
-class Checkpoint(namedtuple("Checkpoint", FIELDS)):
+class Checkpoint(namedtuple("_", "unet diffusion posterior config data step forgotten path raw")):
     """What load_checkpoint returns.
 
     unet        UNet with the weights theta*, in eval mode, called as unet(x, t)
@@ -292,10 +277,8 @@ def build(config, device="cpu"):
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train_ddpm.py or vdu.py, or published DDPM weights.
-
     Returns a Checkpoint, its network on `device`. Raises UserError if the file is
-    missing, cut short, not weights, in none of these layouts, or holds a number that is
-    not finite."""
+    missing, cut short, not weights, in none of these layouts, or not finite."""
     raw = read_file(path)
     try:
         raw = from_published(raw, path) or raw
@@ -322,7 +305,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def save_checkpoint(path, contents):
-    """Write the dictionary `contents` (tensors and plain values), whole or not at all."""
+    """Write the dictionary `contents` (tensors, plain values), whole or not at all."""
     write_atomically(path, lambda f: torch.save(contents, f))
 
 
@@ -353,12 +336,12 @@ class StandIn:
 
 
 def read_file(path, lazy=False, make_one="train one with: python train_ddpm.py --dataset mnist"):
-    """The contents of a PyTorch file or a safetensors file, told apart by their content.
+    """The contents of a PyTorch file or a safetensors file, by its content.
 
-    torch.load(weights_only=True) never executes what a pickle asks for. Objects of other
-    packages beside the weights (a trainer's callbacks, arguments, dates, paths) are read
-    as StandIns; torch refuses any other. lazy=True leaves the numbers on disk until they
-    are used. Raises UserError for a file that is missing, damaged, or refused."""
+    torch.load(weights_only=True) never executes what a pickle asks for. Objects of
+    other packages beside the weights (a trainer's callbacks, arguments, dates, paths)
+    are read as StandIns; torch refuses any other. lazy=True leaves the numbers on disk
+    until they are used. Raises UserError for another file."""
     if not os.path.isfile(path):
         what = "it is a folder, name a file in it" if os.path.isdir(path) else make_one
         raise UserError(f"no checkpoint at {path}: {what}")
@@ -368,11 +351,13 @@ def read_file(path, lazy=False, make_one="train one with: python train_ddpm.py -
                 return read_safetensors(path)
         is_zip = zipfile.is_zipfile(path)  # torch's format since 1.6: it can be listed and mapped
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        own = {*sys.stdlib_module_names, "torch"} - {"argparse", "datetime", "pathlib", "typing"}
+        own = {*sys.stdlib_module_names, "torch"} - {"argparse", "collections", "datetime",
+                                                     "pathlib", "typing"}
         split = [name.rpartition(".") for name in names if name.split(".")[0] not in own]
         stand_ins = [type(last, (StandIn,), {"__module__": module}) for module, _, last in split]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy and is_zip)
+        lazy = lazy and is_zip and not os.fspath(path).endswith(".safetensors")  # torch goes by it
+        with torch.serialization.safe_globals(stand_ins), open(path, "rb") as f:
+            return torch.load(path if lazy else f, "cpu", weights_only=True, mmap=lazy)
     except pickle.UnpicklingError as e:
         asks = re.findall(r"GLOBAL ([\w.]+)", str(e)) or ["other Python objects"]
         raise UserError(f"{path} was refused: no file of weights, or it asks for {asks[0]}") from e
@@ -389,7 +374,7 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def read_safetensors(path):
-    """{name: tensor}, left on disk until they are used. Raises what a wrong file causes."""
+    """{name: tensor}, left on disk until they are used. Raises any error."""
     content = np.memmap(path, dtype=np.uint8, mode="c")  # in memory they may change, there not
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8:start].tobytes())
@@ -407,8 +392,7 @@ def read_safetensors(path):
 # --------------------------------------------------------------------------------------
 # The names under which others publish DDPM's weights: "original", the converted
 # TensorFlow weights (ema_diffusion_cifar10_model-790000.ckpt), and "diffusers"
-# (diffusion_pytorch_model.bin of google/ddpm-cifar10-32, whose attention has two
-# spellings).
+# (diffusion_pytorch_model.bin of google/ddpm-cifar10-32, in two spellings).
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse",
                    "ship", "truck"]
@@ -449,7 +433,6 @@ DEFAULTS = {**FIXED, "attention_head_dim": 8, "norm_eps": 1e-5, "downsample_padd
 
 def read_config(path):
     """The config.json beside diffusers' weights, or DDPM's own where there is none.
-
     Raises UserError for a network that unet.py cannot be."""
     path = Path(path).with_name("config.json")
     if not path.exists():
@@ -459,11 +442,12 @@ def read_config(path):
         said = json.loads(path.read_text(encoding="utf-8-sig"))
         config = DEFAULTS | {k: v for k, v in said.items() if v is not None or k in (
             "attention_head_dim", "sample_size")}  # null says something there alone
-        height, width = np.broadcast_to(config["sample_size"] or 0, 2).tolist()
+        height, width = map(int, np.broadcast_to(config["sample_size"] or 0, 2))
         possible = {**{k: [v] for k, v in FIXED.items()}, "downsample_padding": (0, 1),
-                    "freq_shift": [0 if config["flip_sin_to_cos"] else 1]}
+                    "freq_shift": [0 if config["flip_sin_to_cos"] else 1],
+                    "act_fn": ("silu", "swish"), "attention_head_dim": (None, *range(1, 1025))}
         wrong = [f"{k} = {config[k]}" for k, values in possible.items() if config[k] not in values]
-        if wrong or height != width:
+        if wrong or height != width or height < 0:
             raise ValueError(f"it says {', '.join(wrong) or f'sample_size = {height}, {width}'}")
         return {**config, "sample_size": height or None, "norm_eps": float(config["norm_eps"])}
     except (AttributeError, TypeError, ValueError) as e:
@@ -472,9 +456,8 @@ def read_config(path):
 
 def published_name(ours, levels, blocks, diffusers):
     """Their name of a tensor of unet.py; q, k and v apart (".q." in place of ".qkv.").
-
-    levels, blocks: how many levels the network has, and residual blocks per level on the
-    way down. Both layouts count blocks and attention by level, where unet.py counts
+    levels, blocks: how many levels the network has, and residual blocks per level on
+    the way down. Both layouts count blocks and attention by level, where unet.py counts
     blocks: blocks + 1 to a level, the last of which is Downsample on the way down."""
     m = re.match(r"(in|out)put_blocks\.(\d+)\.(\d)\.(op|conv)?", ours)
     if m and not ours.startswith("input_blocks.0."):
@@ -506,7 +489,6 @@ def from_published(raw, path):
     if not diffusers and "temb.dense.0.weight" not in tensors:
         return None
     config = read_config(path) if diffusers else DDPM_CONFIG
-
     # The network's sizes: levels, blocks and attention by name, widths by shape.
     pattern = re.compile(r"down(?:_blocks)?\.(\d+)\.(block|resnets|attn|attentions)\.(\d+)\."
                          r"(?:conv1|norm|group_norm)\.weight")
@@ -522,7 +504,6 @@ def from_published(raw, path):
                  sin_first=not config["flip_sin_to_cos"], pad_end=config["downsample_padding"] == 0)
     with torch.device("meta"):
         unet = UNet(**sizes)
-
     # Every tensor of the network has its place; a trainer's leftovers may have none.
     shapes, names = unet.state_dict(), {}
     for ours in shapes:
@@ -551,10 +532,9 @@ def from_published(raw, path):
 
 
 def state_dict_of(raw):
-    """{name: tensor} of what a file holds: of itself, or below the name that trainers use.
-
-    Without the prefix that DataParallel ("module.") or torch.compile ("_orig_mod.") puts
-    before every name."""
+    """{name: tensor} of what a file holds: of itself, or below the name that trainers
+    use. Without the prefix that DataParallel ("module.") or torch.compile
+    ("_orig_mod.") puts before every name."""
     raw = raw if isinstance(raw, dict) else {}
     for key in ("state_dict", "model_state_dict", "ema", "model"):
         raw = raw[key] if isinstance(raw.get(key), dict) else raw
@@ -564,7 +544,6 @@ def state_dict_of(raw):
 
 # --------------------------------------------------------------------------------------
 # What the command lines share: errors, flags, files, Ctrl-C, devices
-
 
 class UserError(ValueError):
     """What the person at the keyboard can put right: one line, exit code 2."""
@@ -576,8 +555,8 @@ def first_line(error):
 
 
 def run_command_line(main):
-    """Call main(). What the user can put right ends in one line and exit code 2, Ctrl-C
-    in 130."""
+    """Call main(). What the user can put right ends in one line and code 2, Ctrl-C in
+    130."""
     for stream in (sys.stdout, sys.stderr):  # a class may have a name that a terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -618,16 +597,14 @@ def add_shared_flags(parser):
 
 def check_outputs(paths, overwrite, endings=None):
     """Raise UserError, before any work, for what may not or cannot be written.
-
-    endings: those that the file's name may have, for a file whose kind a reader would
-    tell by its name."""
+    endings: those that the file's name may have, by which readers tell its kind."""
     for text in map(os.fspath, paths):
         path = Path(text)
-        if path.is_dir() or text.endswith(("/", os.sep)):
+        if os.path.isdir(text) or text.endswith(("/", os.sep)):
             raise UserError(f"{text} is a folder, and a file is to be written: name the file")
         if endings and path.suffix.lower() not in endings:
             raise UserError(f"{text} has to end in {' or '.join(endings)}, for what it will hold")
-        if path.exists() and not overwrite:
+        if os.path.exists(text) and not overwrite:
             raise UserError(f"{text} exists already: choose another --output, or add --overwrite")
         folder = next(p for p in path.absolute().parents if p.exists())
         if not os.access(folder, os.W_OK) or not folder.is_dir() or len(path.name.encode()) > 240:
@@ -636,10 +613,8 @@ def check_outputs(paths, overwrite, endings=None):
 
 def write_atomically(path, write):
     """Open `path` for bytes, and call write(file).
-
-    The bytes go to a temporary file beside it, which then takes the name in one step: a
-    crash, Ctrl-C or a full disk leaves the old file as it was. Raises UserError when it
-    cannot be written."""
+    A crash, Ctrl-C or a full disk leaves the old file as it was. Raises UserError."""
+    # The bytes go to a temporary file beside it, which then takes the name in one step.
     path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -688,7 +663,7 @@ def pick_device(name="auto"):
 
 
 def autocast(device):
-    """Autocast to bfloat16 where that is fast: recent CUDA GPUs, CPUs with AVX512-BF16."""
+    """Autocast to bfloat16 where that is fast: CUDA since 8.0, AVX512-BF16."""
     kind = torch.device(device).type
     fast = (kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
             or kind == "cpu" and torch.cpu._is_avx512_bf16_supported())

@@ -35,10 +35,8 @@ from train_ddpm import (class_indices, load_data_of, mirror_half, title_of, to_f
 # --------------------------------------------------------------------------------------
 # The metrics: of class counts (one number per class), and of features (N, d)
 
-
 def percentage_of_unlearning(n_before, n_after):
     """PUL = 100 (n_before - n_after) / n_before, of the forgotten class (VDU).
-
     100 when none is left, 0 when nothing changed, below 0 when there are more. nan if
     there was none to begin with."""
     return 100 * (n_before - n_after) / n_before if n_before else math.nan
@@ -46,7 +44,6 @@ def percentage_of_unlearning(n_before, n_after):
 
 def frechet_distance(features_a, features_b):
     """|| m_a - m_b ||^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of Gaussians.
-
     features: (N, d).  Returns a float (Dowson & Landau 1982; FID, Heusel et al. 2017).
     In float64, and by the symmetric form of the root: its eigenvalues are real and not
     negative but for rounding, where the usual sqrtm(C_a C_b) can turn complex."""
@@ -68,7 +65,6 @@ def class_shares(counts, forgotten):
 
 def drift(counts_before, counts_after, forgotten):
     """Total variation distance, 0 .. 1, between the shares of the retained classes.
-
     What a u-FID can hide: a neighbour of the forgotten class that went along with it.
     """
     before, after = (class_shares(c, forgotten) for c in (counts_before, counts_after))
@@ -77,7 +73,6 @@ def drift(counts_before, counts_after, forgotten):
 
 def drift_of_noise(counts, forgotten):
     """The drift to expect between two independent sets of samples of one model.
-
     Shares of n samples differ by a Gaussian of variance 2 p (1 - p) / n, whose mean
     absolute value is sqrt(2 / pi) times its deviation."""
     n = max(1, sum(n for i, n in enumerate(counts) if i not in forgotten))
@@ -94,7 +89,6 @@ def worst_kept(counts_before, counts_after, forgotten):
 
 # --------------------------------------------------------------------------------------
 # The classifier of a dataset: it counts, and its features are what u-FID compares
-
 
 class Classifier(nn.Module):
     """(B, C, H, W) in [-1, 1] -> logits (B, classes); `body` gives its 128 features."""
@@ -175,7 +169,6 @@ def features_and_probabilities(classifier, images, device):
 
 def get_classifier(checkpoint, images, labels, test_images, test_labels, device):
     """(the dataset's classifier, its test accuracy): trained once, and kept in a file.
-
     images, labels: the training images, of every class; their digest is in the file's
     name. Without a test part (None), every fifth of them is held out to test on."""
     data = checkpoint.data
@@ -202,7 +195,6 @@ def get_classifier(checkpoint, images, labels, test_images, test_labels, device)
 # --------------------------------------------------------------------------------------
 # The report
 
-
 class Judge:
     """What models of one parent are measured with: the classifier of its dataset, the
     features of its real images, and the parent's own samples."""
@@ -220,10 +212,9 @@ class Judge:
 
     def measure(self, samples, forgotten, model, bits):
         """All that is reported of one model's samples (N, C, H, W) uint8: a dict.
-
-        forgotten: indices of classes.  bits: how many forgotten and retained test images
-        to bound -log p of, in bits per dimension: what the method claims to change, and
-        to keep. The same images, t and eps for every model."""
+        forgotten: indices of classes.  bits: how many forgotten and retained test
+        images to bound -log p of, in bits per dimension: what the method claims to
+        change, and to keep. The same images, t and eps for every model."""
         features, probabilities = features_and_probabilities(self.classifier, samples, self.device)
         classes, gone = self.checkpoint.data["classes"], torch.tensor(forgotten)
         counts = probabilities.argmax(1).bincount(minlength=len(classes)).tolist()
@@ -299,10 +290,10 @@ def print_table(reports):
 def relearning(judge, models, names, args, images=100, lr=2e-4):
     """How fast the class comes back as DDPM's training goes on, on images of it alone.
 
-    Weights that no longer draw a class may still hold it. A model that never saw the
-    class has to learn it from these few images; one that only hides it needs fewer
-    steps. models: {name: Checkpoint}, spent afterwards.  images: how many.  Returns
-    {"steps", "images", "samples", and per model the shares counted as the class}."""
+    models: {name: Checkpoint}, spent afterwards.  images: how many.  Returns {"steps",
+    "images", "samples", and per model the shares counted as the class}."""
+    # Weights that no longer draw a class may still hold it. A model that never saw the
+    # class has to learn it from these few images; one that only hides it is quicker.
     forgotten = torch.tensor([judge.checkpoint.data["classes"].index(name) for name in names])
     of_class = torch.isin(judge.labels, forgotten).nonzero().flatten()
     generator = torch.Generator().manual_seed(args.seed)
@@ -343,7 +334,6 @@ def write_images(path, images, **layout):
 # --------------------------------------------------------------------------------------
 # The command line
 
-
 def newest_unlearned(folder):
     """The newest checkpoint of vdu.py in `folder`. Raises UserError for none."""
     for path in sorted(Path(folder).glob("*.pt"), key=os.path.getmtime, reverse=True):
@@ -355,8 +345,8 @@ def newest_unlearned(folder):
 
 
 def parent_of(after, device):
-    """The model that `after` was unlearned from: where vdu.py read it, or beside `after`
-    if both were moved. Raises UserError if it is not there, or another of its name."""
+    """The model that `after` was unlearned from: where vdu.py read it, or beside
+    `after` if both were moved. Raises UserError if it is gone or another."""
     past = after.forgotten or {"checkpoint": "no model"}
     beside = Path(after.path).with_name(Path(past["checkpoint"]).name)
     places = [place for place in (past["checkpoint"], beside) if os.path.exists(place)]
@@ -365,21 +355,6 @@ def parent_of(after, device):
         raise UserError(f"{after.path} was unlearned from {past['checkpoint']}, which is gone or "
                         "another: say with --before FILE what to compare it with")
     return before
-
-
-def names_to_count(before, after, classes):
-    """The classes to count: those named, otherwise what `after` has forgotten.
-
-    Raises UserError unless there are some, and both models know one dataset."""
-    known = [(c.data["classes"], list(c.config["image_shape"])) for c in (before, after)]
-    if known[0] != known[1]:
-        raise UserError(f"{before.path} and {after.path} were not trained on one dataset")
-    past, all_of_them = after.forgotten or {}, after.data["classes"]
-    names = [all_of_them[i] for i in class_indices(classes or [], all_of_them)]
-    names = names or past.get("classes") or after.data["excluded"]
-    if not names or len(names) == len(all_of_them):
-        raise UserError("say with --forget-class what to count, and leave at least one class")
-    return names
 
 
 def main(args):
@@ -394,7 +369,16 @@ def main(args):
     for path, folder in zip(paths, folders):
         after = load_checkpoint(path, device)
         before = load_checkpoint(args.before, device) if args.before else parent_of(after, device)
-        forgotten = names_to_count(before, after, args.forget_class)
+        known = [(c.data["classes"], list(c.config["image_shape"])) for c in (before, after)]
+        if known[0] != known[1]:
+            raise UserError(f"{before.path} and {path} were not trained on one dataset")
+        # Count the classes that are named, else those it was told to forget.
+        classes = after.data["classes"]
+        named = [classes[i] for i in class_indices(args.forget_class or [], classes)]
+        told = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
+        forgotten = named or told
+        if not forgotten or len(forgotten) == len(classes):
+            raise UserError("say with --forget-class what to count, and leave at least one class")
         models = {"unlearned": after}
         if args.never_saw:
             models["never saw it"] = load_checkpoint(args.never_saw, device)

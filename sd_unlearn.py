@@ -5,9 +5,9 @@
     python sd_unlearn.py sample --checkpoint sd-v1-4.ckpt sd-no-golf.ckpt \\
         --merges merges.txt --prompt "a photo of a golf ball" --output golf.png
 
-Holds    unlearning and sampling; what Stable Diffusion has and a plain DDPM has not: the
-         autoencoder, the text encoder, its tokenizer, the file. The network is unet.py's
-         with context_dim set, the diffusion ddpm.py's, the method vdu.py's.
+Holds    unlearning and sampling; what Stable Diffusion has and a plain DDPM has not:
+         the autoencoder, the text encoder, its tokenizer, the file. The network is
+         unet.py's with context_dim set, the diffusion ddpm.py's, the method vdu.py's.
 Reads    checkpoints in the published layout (sd-v1-1.ckpt .. sd-v1-5.ckpt, or the same
          names in .safetensors), merges, images of what will be forgotten.
 Writes   a checkpoint of the same layout; a grid of images.
@@ -54,10 +54,7 @@ PREFIX = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
 LATENT_SCALE = 0.18215
 
 
-PARTS = "unet autoencoder text_encoder tokenizer diffusion"
-
-
-class StableDiffusion(namedtuple("StableDiffusion", PARTS)):
+class StableDiffusion(namedtuple("_", "unet autoencoder text_encoder tokenizer diffusion")):
     """What `load` returns.
 
     unet          unet(x, t, context) -> eps_theta: latents, (B,), (B, 77, 768)
@@ -96,7 +93,6 @@ NEUTRAL_PROMPTS = ("", "a photo of a person", "a photo of an animal", "a photo o
 
 class PromptedObjective(FunctionSpaceObjective):
     """The same with prompts, for which theta* itself says what D_f predicts.
-
     In (b) of vdu.py, eps_theta* is what all images predict at x_t, here eps_theta* of
     the empty prompt, and eps_f that of the concept's: the minimum can be written down.
     (It is the target of ESD, Gandikota et al. 2023.)  empty: (1, L, E)."""
@@ -121,8 +117,7 @@ def run_unlearn(args):
     check_size(model, args.size)
     unet, diffusion = model.unet, model.diffusion
     images = to_float(load_images(args.images, (3, args.size, args.size)))
-
-    # What moves, and its posterior: over checkpoints of one training, or guessed from one.
+    # What moves, and its posterior: over checkpoints, or guessed from one.
     moving = {k: p for k, p in unet.named_parameters()
               if args.parameters == "all" or ".attn2." in k}
     posterior = guessed_posterior(moving.items())
@@ -136,8 +131,7 @@ def run_unlearn(args):
     print(f"forgetting {args.concept!r}: {len(images)} images of {args.size} pixels, moving "
           f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, "
           f"{args.method}, at most {args.steps} steps on {device}; {origin}")
-
-    # D_f as latents with its prompts; and what theta* draws for prompts of other things.
+    # D_f as latents with its prompts; and what theta* draws for others.
     frozen = frozen_copy(unet, posterior)
     forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
                         for image in tqdm(images, desc="encoding", unit="image")])
@@ -167,13 +161,10 @@ def run_unlearn(args):
 # --------------------------------------------------------------------------------------
 # Sampling
 
-
 def guided(unet, context, negative, scale):
     """Classifier-free guidance (Ho & Salimans 2021, eq. 6), as a function of (x, t):
     eps(negative) + scale (eps(prompt) - eps(negative)).
-
-    context, negative: (1, L, E).  scale 1 is the plain conditional model, and costs
-    half."""
+    context, negative: (1, L, E).  scale 1: no guidance, at half the cost."""
     def eps_theta(x, t):
         prompts = context.expand(len(x), -1, -1)
         if scale == 1:
@@ -203,8 +194,8 @@ def sample_latents(model, prompt, n, size, steps, guidance, seed=0, batch_size=4
 
 
 def run_sample(args):
-    """sd_unlearn.py sample: a row per prompt, a block of columns per checkpoint, the same
-    noise in each block."""
+    """sd_unlearn.py sample: a row per prompt, a block of columns per checkpoint, the
+    same noise in each block."""
     check_outputs([args.output], args.overwrite, (".png",))
     device, blocks = pick_device(args.device), []
     for checkpoint in args.checkpoint:
@@ -225,7 +216,6 @@ def run_sample(args):
 # --------------------------------------------------------------------------------------
 # The autoencoder: images <-> latents, `first_stage_model.` in the file (LDM, section
 # 3.1). Names of layers are those of its file.
-
 
 def named(**layers):
     """The layers in a row, by name."""
@@ -279,7 +269,6 @@ def blocks(channels, out_channels, n):
 
 class Encoder(nn.Module):
     """Images -> mean and log-variance of the latents, before quant_conv.
-
     ch, ch_mult: widths, each level half the size of the last."""
 
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
@@ -355,7 +344,6 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def to_images(self, z):
         """The diffusion's latents (B, 4, h, w) -> uint8 (B, 3, H, W), on the CPU.
-
         One at a time, which bounds the memory."""
         return torch.cat([to_uint8(self.decode(x[None] / LATENT_SCALE)).cpu() for x in z])
 
@@ -363,7 +351,6 @@ class Autoencoder(nn.Module):
 # --------------------------------------------------------------------------------------
 # The text encoder: token ids -> context, `cond_stage_model.transformer.` in the file
 # (CLIP, Radford et al. 2021)
-
 
 class SelfAttention(nn.Module):
     """Causal self-attention: a token sees those before it."""
@@ -421,9 +408,7 @@ class Tokenizer:
     """CLIP's byte-pair encoding: texts -> ids (N, 77), from start token to end token.
 
     merges: a merges.txt, or bpe_simple_vocab_16e6.txt.gz; a header line, then a pair
-    per line, the most frequent first. Text is lowercased, its whitespace collapsed.
-    Ids: the 256 bytes, the same ending a word, the merges, start, end. Raises UserError
-    if the file is missing or holds no merges."""
+    per line, the most frequent first. Raises UserError if the file holds no merges."""
 
     MERGES = 49152 - 256 - 2  # that many of the file belong to the vocabulary
 
@@ -446,6 +431,7 @@ class Tokenizer:
         others = [b for b in range(256) if b not in printable]
         self.byte_symbol = {b: chr(b) for b in printable} | {
             b: chr(256 + i) for i, b in enumerate(others)}
+        # Ids: the 256 bytes, the same ending a word, the merges, start, end.
         symbols = list(self.byte_symbol.values())
         symbols += [s + "</w>" for s in symbols] + ["".join(pair) for pair in pairs]
         symbols += ["<|startoftext|>", "<|endoftext|>"]
@@ -469,7 +455,7 @@ class Tokenizer:
     def words(self, text):
         """Runs of letters, single digits, runs of anything else, contractions."""
         text = " ".join(html.unescape(unicodedata.normalize("NFC", text)).split()).lower()
-        # re has no \p{L} and \p{N} for Unicode's letters and digits: spell out those here
+        # re has no \p{L} and \p{N} for Unicode's letters and digits: spell them out
         of_kind = lambda kind: re.escape("".join({c for c in text
                                                   if unicodedata.category(c)[0] == kind}))
         letters, digits = "a-z" + of_kind("L"), "0-9" + of_kind("N")
@@ -477,8 +463,8 @@ class Tokenizer:
                           rf"[{letters}]+|[{digits}]|[^\s{letters}{digits}]+", text)
 
     def word_ids(self, word):
-        """Byte-pair encoding (Sennrich et al. 2016): join the most frequent pair, again and
-        again, until no pair is left that is in the merges."""
+        """Byte-pair encoding (Sennrich et al. 2016): join the most frequent pair, again
+        and again, until no pair is left that is in the merges."""
         if word in ("<|startoftext|>", "<|endoftext|>"):
             return [self.id[word]]
         symbols = [self.byte_symbol[b] for b in word.encode("utf-8")]
@@ -502,7 +488,7 @@ KINDS = {"unet": UNet, "autoencoder": Autoencoder, "text_encoder": TextEncoder}
 
 
 def read_tensors(path):
-    """(the tensors of a published checkpoint, left on disk; its other plain entries)."""
+    """(the tensors of a published checkpoint, left on disk; the other entries)."""
     raw = read_file(path, lazy=True, make_one="download one, e.g. sd-v1-4.ckpt "
                     "(huggingface.co/CompVis/stable-diffusion-v-1-4-original)")
     wrapped = isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict)
@@ -519,9 +505,7 @@ def below(tensors, name):
 
 def load(checkpoint, merges, device="cpu"):
     """A Stable Diffusion v1 checkpoint and CLIP's merges as a StableDiffusion.
-
-    Holds one copy of the weights, as float32 (those of the file stay on disk until they
-    are used, others are widened as they are read). Raises UserError for a file that is
+    Holds one copy of the weights, as float32. Raises UserError for a file that is
     missing, damaged, not weights, or of another architecture, and for other merges."""
     tensors, tokenizer, networks = read_tensors(checkpoint)[0], Tokenizer(merges), {}
     for name, kind in KINDS.items():
@@ -536,6 +520,7 @@ def load(checkpoint, merges, device="cpu"):
         extra = [PREFIX[name] + k for k in theirs if k not in ours]
         if extra:
             print(f"not reading {len(extra)} tensors that v1 does not have: {', '.join(extra[:3])}")
+        # float32 stays on disk until it is used; what is narrower is widened in memory
         weights = {k: theirs[k].float() for k in ours}
         check_finite(checkpoint, {PREFIX[name] + k: v for k, v in weights.items()})
         network.load_state_dict(weights, assign=True)
@@ -548,12 +533,10 @@ def load(checkpoint, merges, device="cpu"):
 
 
 def save(path, checkpoint, weights, record):
-    """Write `checkpoint` again as `path`, with the U-Net's `weights` as float32: in half
-    precision a small move of a weight would be rounded away.
-
-    The moving averages (`model_ema.`) and the optimizer's state are left out: they are
-    copies of what was to be forgotten."""
+    """Write `checkpoint` again as `path`, with the U-Net's `weights` as float32: in
+    half precision a small move of a weight would be rounded away."""
     tensors, others = read_tensors(checkpoint)
+    # without the moving averages and the optimizer's state, copies of what was to go
     state = {k: v for k, v in tensors.items() if not k.startswith("model_ema.")}
     for k, v in weights.items():
         state[PREFIX["unet"] + k] = v.detach().cpu().float()
@@ -563,7 +546,6 @@ def save(path, checkpoint, weights, record):
 
 # --------------------------------------------------------------------------------------
 # The command line
-
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__,

@@ -44,10 +44,9 @@ from ddpm import (StopRequest, UserError, add_shared_flags, build, check_outputs
 # --------------------------------------------------------------------------------------
 # Settings
 
-
 def small(image_shape):
-    """UNet's arguments and the training for two CPU cores: MNIST in a quarter of an hour,
-    colour in half an hour."""
+    """UNet's arguments and the training for two CPU cores: MNIST in a quarter of an
+    hour, colour in half an hour."""
     C, H, W = image_shape
     grey = C == 1
     return dict(
@@ -79,14 +78,13 @@ def base(image_shape):
 
 NETWORKS = {"small": small, "base": base}
 TIMESTEPS = 1000           # T, as in DDPM
-POSTERIOR_FRACTION = 0.25  # share of training, at its end, whose weights form the posterior
-POSTERIOR_EVERY = 5        # of those, every fifth step's: neighbours hardly differ
+POSTERIOR_FRACTION = 0.25  # share of training, at its end, whose weights form the posterior:
+                           # those of every fifth step, since neighbours hardly differ
 SIGMA_FLOOR = 1e-8         # sigma* of what never moved: it stays, and nothing divides by 0
 
 
 def learning_rate(step, steps, lr):
     """Warm up over 200 steps, fall to a tenth, hold it while the posterior gathers.
-
     The fall settles the weights; the constant rate keeps them wandering about one
     optimum, whose spread is sigma*."""
     warmup = min(1.0, (step + 1) / 200)
@@ -101,10 +99,8 @@ def posterior_start(steps):
 # --------------------------------------------------------------------------------------
 # The posterior
 
-
 class GaussianPosterior:
     """p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2) (VDU's approximation).
-
     mean, std: {name: tensor} like the parameters, mu* and sigma*.  n: of how many
     checkpoints. Made from these three, or without arguments and filled by `update`."""
 
@@ -117,10 +113,11 @@ class GaussianPosterior:
         """Take in one more checkpoint: {name: tensor}, or named_parameters() (Welford
         1962). sigma* is there from the second on."""
         parameters = dict(parameters)
-        zeros = {k: torch.zeros_like(p, dtype=torch.float32) for k, p in parameters.items()}
-        self.mean = self.mean if self.n else {k: v.clone() for k, v in zeros.items()}
-        if self.m2 is None:  # sums of squared deviations, from the start or from sigma*
-            self.m2 = {k: s**2 * (self.n - 1) for k, s in self.std.items()} if self.std else zeros
+        if not self.m2:  # sums of squared deviations, from the start or from sigma*
+            zeros = {k: torch.zeros_like(p, dtype=torch.float32) for k, p in parameters.items()}
+            self.mean = {k: v + (self.mean[k] if self.n else 0) for k, v in zeros.items()}
+            self.m2 = {k: v + (self.std[k] ** 2 * (self.n - 1) if self.std else 0)
+                       for k, v in zeros.items()}
         self.n += 1
         for k, p in parameters.items():
             deviation = p - self.mean[k]  # from the old mean
@@ -133,10 +130,9 @@ class GaussianPosterior:
     @classmethod
     def from_checkpoints(cls, paths, parameters, read=lambda path: state_dict_of(read_file(path))):
         """mu* and sigma* over files of one training, read one at a time.
-
-        parameters: {name: tensor} or named_parameters() of the network; what else a file
-        holds (buffers) is left out.  read: path -> {name: tensor}.  Raises UserError for
-        fewer than two files, for equal ones, or for those of another network."""
+        parameters: {name: tensor} or named_parameters() of the network; what else a
+        file holds (buffers) is left out.  read: path -> {name: tensor}.  Raises
+        UserError for fewer than two files, for equal ones, or for another network."""
         parameters, posterior, digests = dict(parameters), cls(), set()
         for path in paths:
             tensors = read(path)
@@ -175,7 +171,6 @@ def check_parameters(what, theta, parameters):
 # --------------------------------------------------------------------------------------
 # Training
 
-
 def batch_indices(step, n, batch_size, seed):
     """Which images step number `step` sees: a function of the arguments alone, so that
     --resume needs no loader's state."""
@@ -198,10 +193,10 @@ def mirror_half(x):
 def train(settings, config, images, data, device, saved=None):
     """DDPM's training (algorithm 1), which gathers the posterior on the way.
 
-    settings: as settle() returns them.  images: (N, C, H, W) uint8.  saved: the contents
-    of an interrupted run's file.  Writes settings["output"] every save_every steps, on
-    Ctrl-C, and at the end. Returns (UNet with theta*, Diffusion). Raises UserError for a
-    loss that is not finite, KeyboardInterrupt once an interrupted run is saved."""
+    settings: as settle() returns them.  images: (N, C, H, W) uint8.  saved: the
+    contents of an interrupted run's file.  Returns (UNet with theta*, Diffusion).
+    Raises UserError for a loss that is not finite, KeyboardInterrupt once an
+    interrupted run is saved."""
     output, steps, seed = (settings[k] for k in ("output", "steps", "seed"))
     B, step, loss, losses = min(settings["batch_size"], len(images)), 0, None, []
     torch.manual_seed(seed)
@@ -212,9 +207,10 @@ def train(settings, config, images, data, device, saved=None):
         now, step, losses = saved["train"], saved["step"], saved["losses"]
         unet.load_state_dict(now["unet"])
         optimizer.load_state_dict(now["optimizer"])
-        loss, posterior.n = now["loss"], now["n"]
-        posterior.mean, posterior.m2 = ({k: v.to(device) for k, v in (now[m] or {}).items()}
-                                        for m in ("mean", "m2"))
+        loss = now["loss"]
+        for name, v in now["posterior"].items():  # n, and dicts of tensors or None
+            v = {k: tensor.to(device) for k, tensor in v.items()} if isinstance(v, dict) else v
+            setattr(posterior, name, v)
     began, saved_step = time.time(), step
     with StopRequest() as stop, tqdm(total=steps * B, initial=step * B, desc="training", unit="img",
                                      unit_scale=True, dynamic_ncols=True) as bar:
@@ -229,8 +225,7 @@ def train(settings, config, images, data, device, saved=None):
                 raise UserError(f"the loss became {now} at step {step}, after saving step "
                                 f"{saved_step}: try a smaller --lr than {settings['lr']:g}")
             # Every fifth step's weights, and the last, are samples of p(theta | D).
-            due = step % POSTERIOR_EVERY == 0 or step == steps - 1
-            if due and step >= posterior_start(steps):
+            if step >= posterior_start(steps) and (step % 5 == 0 or step == steps - 1):
                 posterior.update(unet.named_parameters())
             step += 1
             loss = now if loss is None else 0.99 * loss + 0.01 * now
@@ -238,16 +233,17 @@ def train(settings, config, images, data, device, saved=None):
                 losses.append((step, loss))
             bar.update(B)
             bar.set_postfix(loss=f"{loss:.4f}", step=step, posterior=posterior.n, refresh=False)
+            # Save now and then, on Ctrl-C, and at the end.
             if stop.requested or step == steps or step % settings["save_every"] == 0:
-                # theta* is mu*, the mean over the wander: what a last step adds is noise.
+                # theta* is mu*, the mean over the wander: a last step adds noise.
                 theta = posterior.mean if posterior.n > 1 else unet.state_dict()
                 contents = {"config": config, "data": data, "step": step, "losses": losses,
                             "settings": settings, "weights": theta,
                             "posterior": posterior.contents() if posterior.n > 1 else None}
                 if step < steps:  # what --resume needs besides; a finished file has no use for it
                     contents["train"] = {"unet": unet.state_dict(), "loss": loss,
-                                         "optimizer": optimizer.state_dict(), "n": posterior.n,
-                                         "mean": posterior.mean, "m2": posterior.m2}
+                                         "optimizer": optimizer.state_dict(),
+                                         "posterior": vars(posterior)}
                 save_checkpoint(output, contents)
                 saved_step = step
             if stop.requested and step < steps:
@@ -261,7 +257,7 @@ def train(settings, config, images, data, device, saved=None):
 
 
 def settle(args):
-    """(settings, the saved run or None): the command line's, or those of --resume's file."""
+    """(settings, the saved run or None): the command line's, or of --resume's file."""
     own = args.dataset == "folder"
     if own and args.data_root is None:
         raise UserError("--dataset folder needs --data-root DIR, one sub-folder for each class")
@@ -290,8 +286,7 @@ def main(args):
         raise UserError(f"{output} exists already: --resume continues it, --overwrite replaces it")
     check_outputs([output], True, (".pt", ".pth", ".ckpt"))
     check_outputs([grid], args.overwrite)
-
-    # The images, less --exclude-class. A run that began on the shipped ones goes on there.
+    # The images, less --exclude-class. A run that began on the shipped ones stays.
     shipped = saved is not None and saved["data"]["source"] == MNIST_5K.name
     own, size = settings["dataset"] == "folder", settings["image_size"]
     images, labels, data = load_dataset(
@@ -307,7 +302,6 @@ def main(args):
              "images": len(images), "counts": labels.bincount(minlength=len(classes)).tolist()}
     if saved is not None and saved["data"].get("digest") != data["digest"]:
         raise UserError(f"{output} was trained on other images: say where with --data-root DIR")
-
     # The network: base wants a GPU; on a CPU, and for MNIST, small does.
     large = device.type != "cpu" and settings["dataset"] != "mnist"
     model = settings["model"] or ("base" if large else "small")
@@ -339,16 +333,15 @@ DATASETS = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py",
 
 
 def load_dataset(name, root=None, train=True, image_shape=None, only=None, classes=None):
-    """(images, labels, data) of a dataset: (N, C, H, W) uint8, (N,) int64, a dictionary.
+    """(images, labels, data) of a dataset: (N, C, H, W) uint8, (N,) int64, dict.
 
     name: one of DATASETS.  root: the folder that holds it; None downloads into data/;
-    MNIST_5K takes the images of MNIST that come with the code.  train: that part, or the
-    test part; images and labels are None where there is none.  image_shape: (C, S, S) to
-    bring image files to; C None: grey if all of them are.  only: names of classes, whose
+    MNIST_5K: the images of MNIST that ship with the code.  train: that part, or the
+    test part; images and labels are None where there is none.  image_shape: (C, S, S)
+    to bring image files to; C None: grey if all are.  only: names of classes, whose
     files alone are opened.  classes: all of them, in the order of the labels, for a
-    folder where some may be gone; None: as they lie there.  data: {"name", "source",
-    "root", "classes"}.  Raises UserError if the folder does not hold it, or it cannot be
-    downloaded."""
+    folder where some may be gone.  data: {"name", "source", "root", "classes"}.  Raises
+    UserError if the folder does not hold it, or it cannot be downloaded."""
     here, files, digits = Path(root or "data"), None, [str(d) for d in range(10)]
     data = {"name": name, "source": "torchvision", "root": os.path.abspath(here)}
     if name not in DATASETS:
@@ -390,8 +383,8 @@ def load_dataset(name, root=None, train=True, image_shape=None, only=None, class
 
 
 def folder_files(root, train, only, classes):
-    """([(path, label)], classes) of a folder with one sub-folder of images per class, or
-    with train/ and test/ (val/, valid/) of such."""
+    """([(path, label)], classes) of a folder with one sub-folder of images per class,
+    or with train/ and test/ (val/, valid/) of such."""
     training = here = root / "train" if subfolders(root / "train") else root
     classes = classes or list(subfolders(training))
     if not classes:
@@ -412,11 +405,11 @@ def folder_files(root, train, only, classes):
 
 
 def tiny_imagenet_files(root, download, train, only):
-    """([(path, label)], classes) of tiny ImageNet as it is published: train/WNID/images/,
-    and val/images/, whose classes stand in val/val_annotations.txt.
+    """([(path, label)], classes) of tiny ImageNet as it is published:
+    train/WNID/images/, and val/images/, whose classes stand in val/val_annotations.txt.
 
-    A class is its words in words.txt ("goldfish, Carassius auratus"), in the order of the
-    WordNet ids (n01443537). Raises OSError or ValueError where it is not all there."""
+    A class is its words in words.txt ("goldfish, Carassius auratus"), in the order of
+    the WordNet ids (n01443537). Raises OSError or ValueError where it is not there."""
     folder = root / "tiny-imagenet-200"
     if download and not (folder / "wnids.txt").exists():
         download_and_extract_archive(TINY_IMAGENET, root, md5="90528d7ca1a48142e341f4ef8d21d0de")
@@ -440,7 +433,6 @@ def tiny_imagenet_files(root, download, train, only):
 
 def load_data_of(checkpoint, data_root=None, train=True, only=None):
     """The dataset that a checkpoint was trained on: (images, labels), or (None, None).
-
     data_root overrides its folder.  only: indices of the classes to read; the others
     may be gone.  Raises UserError if it is not there."""
     data, root = checkpoint.data, data_root or checkpoint.data["root"]
@@ -460,7 +452,6 @@ def title_of(data):
 
 def class_indices(names, classes):
     """Class names -> their indices, sorted; a name, or one of its words ("goldfish").
-
     A name counts as it is written, else without regard to capitals. Raises UserError
     that lists the classes there are, or those that a name could mean."""
     indices = set()
@@ -477,7 +468,6 @@ def class_indices(names, classes):
 # --------------------------------------------------------------------------------------
 # Image files and pixels
 
-
 def subfolders(folder):
     """{name: path} of the folders in a folder, in order; names in Unicode's NFC."""
     paths = folder.iterdir() if folder.is_dir() else ()
@@ -488,7 +478,6 @@ def subfolders(folder):
 
 def image_files(folder):
     """The images in a folder and below it, in order; says what it passes over.
-
     Links are followed, each folder once; what is hidden is left out. Raises OSError for
     a folder that may not be read."""
     def fail(error):
@@ -527,7 +516,6 @@ def open_image(path):
 
 def read_images(paths, image_shape):
     """Image files, centre-cropped to squares and resized: (N, C, S, S) uint8.
-
     image_shape: (C, S, S), C None: grey if all are.  Raises UserError, which names the
     file, for one that cannot be read."""
     channels, size = image_shape[0], image_shape[-1]
@@ -567,7 +555,6 @@ def to_uint8(images):
 
 # --------------------------------------------------------------------------------------
 # The command line
-
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__,

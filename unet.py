@@ -24,10 +24,10 @@ def timestep_embedding(t, dim, sin_first=False):
     """Sinusoidal embedding of the time step (Vaswani et al. 2017, section 3.5).
 
     t: (B,) step indices, integer or float.  Returns (B, dim) float32: cos(t w_k) beside
-    sin(t w_k), with frequencies w_k that fall geometrically from 1 to 1/10,000: the slow
-    ones tell early from late, the fast ones tell neighbouring steps apart.
-    sin_first: DDPM's own order, whose last frequency is 1/10,000 itself. Stable
-    Diffusion's stops one short of it."""
+    sin(t w_k).  sin_first: DDPM's own order, whose last frequency is 1/10,000 itself;
+    Stable Diffusion's stops one short of it."""
+    # Frequencies w_k fall geometrically from 1 to 1/10,000: the slow ones tell early
+    # from late, the fast ones tell neighbouring steps apart.
     half = dim // 2
     last = half - 1 if sin_first else half
     k = torch.arange(half, device=t.device, dtype=torch.float32)
@@ -43,7 +43,7 @@ def normalization(channels, eps=1e-5):
 
 
 def zero_module(module):
-    """Zero the weights: a residual branch that starts at zero starts as the identity."""
+    """Zero the weights: a residual branch that starts so is the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -72,7 +72,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(x): every pixel attends to every pixel, so distant strokes agree."""
+    """x + attention(x): every pixel attends to every pixel, near or far."""
 
     def __init__(self, channels, num_heads, norm_eps=1e-5):
         super().__init__()
@@ -98,8 +98,8 @@ def split_heads(x, num_heads):
 
 
 class CrossAttention(nn.Module):
-    """Attention from x to a context: the encoded prompt, or x itself where there is none
-    (Rombach et al. 2022, section 3.3)."""
+    """Attention from x to a context: the encoded prompt, or x itself where there is
+    none (Rombach et al. 2022, section 3.3)."""
 
     def __init__(self, channels, context_dim, num_heads):
         super().__init__()
@@ -167,7 +167,6 @@ class SpatialTransformer(nn.Module):
 
 class Downsample(nn.Module):
     """Halve height and width with a strided convolution (an odd size rounds up).
-
     pad_end: a border of zeros at the right and the bottom only, as TensorFlow pads and
     DDPM's own weights expect."""
 
@@ -223,19 +222,15 @@ class UNet(nn.Module):
     patch_size             space-to-depth factor p: the network works on (H/p) x (W/p)
                            "pixels" of p*p*C numbers. 2 costs a quarter of 1.
     alpha_bar              None: the last layer gives eps_theta itself, as in DDPM and
-                           Stable Diffusion. A (T,) schedule: that output is v, and
-                           eps_theta = sqrt(1-abar_t) x_t + sqrt(abar_t) v. Still a
-                           prediction of eps, and the same loss, but the network
-                           computes the velocity of Salimans & Ho (2022), of unit scale
-                           at every t. Without it, near t = T, it must copy x_t through
-                           all its layers to within sqrt(abar_t), since an error e in
-                           eps is one of e sqrt((1-abar_t)/abar_t) in x_0: more than
-                           bfloat16 can give.
+                           Stable Diffusion. A (T,) schedule: that output is v, the
+                           velocity of Salimans & Ho (2022), and eps_theta =
+                           sqrt(1-abar_t) x_t + sqrt(abar_t) v. The loss is the same,
+                           but v is of unit scale at every t, where eps_theta itself
+                           must near t = T copy x_t through all layers to within
+                           sqrt(abar_t), which is more than bfloat16 can give.
     norm_eps, sin_first, pad_end
                            1e-6, True, True in DDPM's published weights; see
-                           normalization, timestep_embedding, Downsample.
-
-    Shapes: see `forward`. Any H and W will do."""
+                           normalization, timestep_embedding, Downsample."""
 
     def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
                  attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1,
@@ -255,9 +250,8 @@ class UNet(nn.Module):
             if context_dim is None:
                 return AttentionBlock(channels, heads, norm_eps)
             return SpatialTransformer(channels, heads, context_dim)
-
-        # Down: at each level residual blocks, with attention at the sizes that ask for it,
-        # then half the size. Every block's output is kept for its partner on the way up.
+        # Down: at each level residual blocks, with attention at the sizes that ask for
+        # it, then half the size. Every block's output is kept for the way up.
         ch = model_channels
         io_channels = in_channels * patch_size**2
         layer = nn.Conv2d(io_channels, ch, 3, padding=1)
@@ -276,11 +270,9 @@ class UNet(nn.Module):
                 self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, pad_end)))
                 skip_channels.append(ch)
                 factor *= 2
-
         # The middle always has attention: at the smallest size it is cheap.
         self.middle_block = TimestepEmbedSequential(residual(ch, ch), attention(ch),
                                                     residual(ch, ch))
-
         # Up: the same levels in reverse, one residual block more in each, since the way
         # down hands over one more output per level (that of Downsample, or the first).
         self.output_blocks = nn.ModuleList()
@@ -294,14 +286,12 @@ class UNet(nn.Module):
                     layers.append(Upsample(ch))
                     factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
-
-        # A zero at the end: eps_theta starts as 0 (or, with alpha_bar, as a share of x_t).
+        # A zero at the end: eps_theta starts as 0 (or, with alpha_bar, as x_t's share).
         last = zero_module(nn.Conv2d(ch, io_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(ch, norm_eps), nn.SiLU(), last)
 
     def forward(self, x, t, context=None, return_middle=False):
         """x: (B, C, H, W) images x_t.  t: (B,) indices.  Returns eps_theta, like x.
-
         context: (B, L, context_dim), the encoded prompts, where the network takes any.
         return_middle=True returns the middle block's features (B, C', h, w) instead:
         what the network itself sees in an image."""
@@ -309,11 +299,10 @@ class UNet(nn.Module):
         p = self.patch_size
         h = F.pad(x, (0, -W % p, 0, -H % p))  # to a multiple of p
         h = F.pixel_unshuffle(h, p)  # (B, C, H, W) -> (B, C*p*p, H/p, W/p)
-
         # Time enters every residual block.
         emb = timestep_embedding(t, self.model_channels, sin_first=self.sin_first)
         emb = self.time_embed(emb)  # (B, E)
-        # Down, across the middle, and up; the skips carry fine detail around the middle.
+        # Down, across the middle, and up; the skips carry fine detail.
         skips = []
         for block in self.input_blocks:
             h = block(h, emb, context)
@@ -328,6 +317,6 @@ class UNet(nn.Module):
 
         if self.alpha_bar is None:
             return h
-        # eps_theta = sqrt(1-abar_t) x_t + sqrt(abar_t) v (Salimans & Ho 2022, appendix D)
+        # eps_theta = sqrt(1-abar_t) x_t + sqrt(abar_t) v (Salimans & Ho 2022)
         abar = self.alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         return (1 - abar).sqrt() * x + abar.sqrt() * h

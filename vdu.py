@@ -73,10 +73,8 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 # parameter moves along the gradient by its own variance, so loosely determined ones do
 # the forgetting.
 
-
 def plasticity_loss(unet, diffusion, x0, t, eps):
     """A per image: || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1-abar_t) eps, t) ||^2.
-
     x0, eps: (n, C, H, W), images of D_f and unit noise.  t: (n,).  Returns (n,), the
     sum over the d dimensions (VDU, plasticity inducer)."""
     return diffusion.simple_loss(unet, x0, t, eps) * x0[0].numel()
@@ -84,7 +82,6 @@ def plasticity_loss(unet, diffusion, x0, t, eps):
 
 def stability_loss(theta, posterior):
     """B = sum_i (theta_i - mu*_i)^2 / (2 sigma*_i^2): the KL of (3), less constants.
-
     theta: {name: parameter}.  Returns a scalar (VDU, stability regularizer)."""
     return sum(((p - posterior.mean[k]) / posterior.std[k]).square().sum()
                for k, p in theta.items()) / 2
@@ -92,7 +89,6 @@ def stability_loss(theta, posterior):
 
 def vdu_loss(A, B, gamma):
     """L = -(1 - gamma) A + gamma B (VDU, objective).
-
     A, B: scalars.  gamma: 0 is naive gradient ascent, 1 stays at the posterior's mean.
     """
     return -(1 - gamma) * A + gamma * B
@@ -104,9 +100,9 @@ class PaperObjective:
     diffusion: Diffusion.  posterior: GaussianPosterior of the parameters that move.
     forget: (N, C, H, W) in [-1, 1] (or latents), images of D_f.  gamma: 0 .. 1.
     batch_size: images per call.  t_range: shares of T between which t is drawn.
-    context: (M, L, E) encoded prompts, one drawn for each image, where the network takes
-    any.  A is shown per dimension and B per parameter.  Raises UserError for an empty
-    t_range.  unit: d/P, in which `unlearn` measures L."""
+    context: (M, L, E) encoded prompts, one drawn for each image, where the network
+    takes any.  unit: d/P, in which `unlearn` measures L.  A is shown per dimension and
+    B per parameter.  Raises UserError for an empty t_range."""
 
     def __init__(self, diffusion, posterior, forget, gamma, batch_size=64, t_range=(0, 1),
                  context=None):
@@ -145,16 +141,14 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
     must be of the same.  objective: called with net, returns (loss, dict of numbers to
     show); its `unit`, 1 where it has none, divides the loss.  lr: in posterior standard
     deviations.  adam: its steps in z in place of SGD's.  accumulate: batches per step.
-     check: called after each step with its number,
-    True ends the loop; its `text`, a dict, is shown.
-    Sets torch's global seed. Train or eval mode is the caller's choice. Returns {"steps",
-    "first", "last": the numbers of these steps, "moved_rms_sigma"}. Raises UserError if
-    the posterior is of another network, or if loss or weights become infinite or nan;
-    net is at mu* then.
-
-    The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
-    posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A.
-    (Adam on theta would move each by lr, whatever its sigma*.)"""
+    check: called after each step with its number, True ends the loop; its `text`, a
+    dict, is shown.  Sets torch's global seed; train or eval mode is the caller's
+    choice. Returns {"steps", "first", "last": the numbers of these steps,
+    "moved_rms_sigma"}. Raises UserError if the posterior is of another network, or if
+    loss or weights become infinite or nan; net is at mu* then."""
+    # The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
+    # posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A.
+    # (Adam on theta would move each by lr, whatever its sigma*.)
     theta = {k: p for k, p in net.named_parameters() if p.requires_grad}
     check_parameters("the posterior", posterior.mean, theta)
     torch.manual_seed(seed)
@@ -203,7 +197,6 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
 # ======================================================================================
 # BEYOND THE PAPER, ours: a posterior where one checkpoint is all there is.
 
-
 def guessed_posterior(named_parameters, share=0.02):
     """mu* = the weights, sigma* = `share` of each tensor's root mean square.
 
@@ -244,12 +237,10 @@ def guessed_posterior(named_parameters, share=0.02):
 # (c) w comes from theta* itself: a logistic regression in its own features tells D_f
 #     from its samples. No label and no retained image is needed.
 
-
 class Likeness:
-    """w(x_t), how surely x_t is of D_f, by logistic regression in theta*'s features.
+    """w(x_t), how surely x_t is of D_f: a logistic regression per level of noise, in
+    the middle block's pooled features, of images of D_f against other images.
 
-    One regression per level of noise, of the middle block's features, pooled: images of
-    D_f against other images.
     frozen: eps_theta*, called as unet is.  forget: (N, C, H, W).  others: (M, C, H, W),
     samples of theta*.  rho: share of D_f among all.  prompts: what the network takes
     beside images and t, for one image.  levels: which, of 20.  images: of either kind,
@@ -309,7 +300,6 @@ class Likeness:
 
 def fit_logistic(x, y, decay=0.02, iterations=10):
     """L logistic regressions: x (L, n, d), y (L, n) of 0 and 1 -> (L, d), (L,).
-
     Mean cross-entropy + decay |weight|^2, by Newton's method."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], dim=2)  # the last weight is the bias
     ridge = torch.full(x.shape[2:], 2 * decay)
@@ -395,14 +385,13 @@ def frozen_copy(unet, posterior):
 
 
 class ForgottenCheck:
-    """Is it forgotten? For `unlearn`: every so many steps, the share of new samples that
-    look like D_f to theta*. Ours, too.
+    """Is it forgotten? For `unlearn`: the share of new samples that look like D_f to
+    theta*, every 50 steps and at the end (or half-way, where nothing stops early).
 
     sample: a function without arguments, samples (N, C, H, W) of the network as it is,
-    with the same noise each time.  steps: the last of which is always looked at, the
-    others every 50; half-way where nothing stops.  until: done once the share has
-    fallen by this much of itself; 0 is never.  stop: has .requested, which ends the
-    loop as well.  `history` is a list of (step, share)."""
+    from the same noise each time.  until: done once the share has fallen by this much
+    of itself; 0 is never.  stop: has .requested, which ends the loop.  `history` is a
+    list of (step, share)."""
 
     def __init__(self, sample, likeness, steps, until=0.99, stop=None):
         self.sample, self.likeness, self.steps, self.until = sample, likeness, steps, until
@@ -415,7 +404,7 @@ class ForgottenCheck:
             self.history.append((step, like))
         first, last = self.history[0][1], self.history[-1][1]
         self.text = {"like D_f": f"{100 * first:.1f}% -> {100 * last:.1f}%"}
-        fallen = self.history[-1][0] == step > 0 and last <= (1 - self.until) * first
+        fallen = self.history[-1][0] == step and first > 0 and last <= (1 - self.until) * first
         return bool(self.until and fallen or self.stop and self.stop.requested)
 
 
@@ -476,7 +465,6 @@ def main(args):
     forget, what = forget.to(device), args.forget_images or ", ".join(classes)
     print(f"forgetting {what}: {len(forget):,} images, {args.method}, share {rho:.3g} of the data, "
           f"at most {args.steps} steps of {args.batch_size} on {device}; {origin}")
-
     # What theta* itself draws stands for the data; those most like D_f are left out:
     # a first guess takes twice as many as are of D_f, and the rest is what stays.
     parent, shape = digest(unet.state_dict().values()), tuple(forget.shape[1:])
@@ -510,8 +498,8 @@ def main(args):
 
 
 def run(args, net, posterior, objective, likeness, sample, save):
-    """Unlearn as the flags say, save (also after Ctrl-C), and say what came of it, as the
-    network itself judges."""
+    """Unlearn as the flags say, save (also after Ctrl-C), and say what came of it, as
+    the network itself judges."""
     began = time.time()
     with StopRequest() as stop:
         check = ForgottenCheck(sample, likeness, args.steps, args.until, stop)
@@ -551,7 +539,6 @@ def choose_output(args, path, checkpoint, classes):
 
 def choose_posterior(args, path, checkpoint, device):
     """(the posterior given, kept or guessed, in words where it comes from).
-
     Raises UserError for files that are no samples of p(theta | D), or of another model.
     """
     def snapshot(file):  # the weights at one moment of a training
@@ -580,7 +567,6 @@ def choose_posterior(args, path, checkpoint, device):
 
 def load_forget_images(args, checkpoint, indices):
     """D_f as (N, C, H, W) in [-1, 1], and rho, its share of the training set.
-
     Files of other classes stay shut. rho is counted where that can be, or it is
     --share."""
     generator = torch.Generator().manual_seed(args.seed)

@@ -28,8 +28,7 @@ from unet import UNet
 SIZE, SHAPES = 16, ("circle", "square")
 SIZES = {  # in place of sd_unlearn.SIZES
     "unet": dict(in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
-                 attention_resolutions=(2,), num_heads=4,
-                 context_dim=32),
+                 attention_resolutions=(2,), num_heads=4, context_dim=32),
     "autoencoder": dict(ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels=4),
     "text_encoder": dict(vocab_size=518, width=32, layers=2, num_heads=4, mlp_width=128),
 }
@@ -61,9 +60,8 @@ def recognise(images):
                                 torch.linspace(-1, 1, 5))
     whiten = lambda x: F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1)
     flat = whiten(images.float().mean(1))  # (N, 256)
-    # (2, N)
     best = torch.stack([(flat @ whiten(torch.stack([draw(s, *g) for g in grid])).T).amax(1)
-                        for s in SHAPES])
+                        for s in SHAPES])  # (2, N)
     return [SHAPES[i] if score > 0.85 else None for score, i in zip(*best.max(0))]
 
 
@@ -71,14 +69,19 @@ def read_image(path):
     return pil_to_tensor(default_loader(path))  # (3, H, W) uint8
 
 
-def train(folder, seed=0, ae_steps=200, steps=500):
-    """Train the three networks and write folder/tiny.ckpt, merges.txt, circles/.
-    Returns the folder."""
+def read_grid(path):
+    """Its images, without the borders: (rows, columns, 3, 16, 16) uint8."""
+    grid = read_image(path)[:, 2:, 2:]
+    return grid.unfold(1, SIZE, SIZE + 2).unfold(2, SIZE, SIZE + 2).permute(1, 2, 0, 3, 4)
+
+
+def train(folder, seed=0, ae_steps=200, steps=600):
+    """Train the three networks; write folder/tiny.ckpt, merges.txt, circles/,
+    squares/."""
     torch.manual_seed(seed)
     (folder / "merges.txt").write_text("#version: 0.2\nc i\nci r\ns q\nsq u\n")
     tokenizer = Tokenizer(folder / "merges.txt")
-    # (2000, 3, 16, 16)
-    images = torch.cat([drawings(shape, 1000, i) for i, shape in enumerate(SHAPES)])
+    images = torch.cat([drawings(shape, 1000, i) for i, shape in enumerate(SHAPES)])  # (2000, ...)
 
     autoencoder = Autoencoder(**SIZES["autoencoder"])
     optimizer = torch.optim.Adam(autoencoder.parameters(), 2e-3)
@@ -101,15 +104,14 @@ def train(folder, seed=0, ae_steps=200, steps=500):
             p[:4] *= scale
         autoencoder.quant_conv.bias[4:] += 2 * scale.log()
         autoencoder.post_quant_conv.weight /= scale
-        # (2000, 4, 8, 8)
-        latents = torch.cat([autoencoder.to_latents(x) for x in images.split(500)])
+        latents = torch.cat([autoencoder.to_latents(x) for x in images.split(500)])  # 4 x 8 x 8
 
     text = TextEncoder(**SIZES["text_encoder"])
     unet = UNet(**SIZES["unet"])
     diffusion = Diffusion("scaled_linear", 1000)
     prompts = [template.format(shape) for shape in SHAPES for template in TEMPLATES] + [""]
-    ids, meaning = tokenizer(prompts), torch.tensor([1.0] * len(TEMPLATES) + [-1.0] * len(TEMPLATES)
-                                                    + [0.0])
+    ids, n = tokenizer(prompts), len(TEMPLATES)
+    meaning = torch.tensor([1.0] * n + [-1.0] * n + [0.0])
     optimizer = torch.optim.Adam(text.parameters(), 3e-3)
     # first teach the text encoder what the two words mean, as CLIP was before Stable
     # Diffusion's training
@@ -125,9 +127,8 @@ def train(folder, seed=0, ae_steps=200, steps=500):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20, 1.2 * (1 - step / steps))
         index = torch.randint(len(images), (16,))
-        prompt = (index >= 1000) * len(TEMPLATES) + torch.randint(len(TEMPLATES), (16,))
-        # the empty prompt now and then, which guidance needs
-        prompt[torch.rand(16) < 0.1] = len(prompts) - 1
+        prompt = (index >= 1000) * n + torch.randint(n, (16,))
+        prompt[torch.rand(16) < 0.1] = 2 * n  # the empty prompt now and then, for guidance
         context = contexts[prompt]
         x0, t = latents[index], torch.randint(1000, (16,))
         loss = diffusion.simple_loss(lambda x, t: unet(x, t, context), x0, t,
@@ -143,36 +144,21 @@ def train(folder, seed=0, ae_steps=200, steps=500):
         (folder / f"{shape}s").mkdir()
         for i, image in enumerate(drawings(shape, 40, seed=9)):
             save_image(image / 2 + 0.5, folder / f"{shape}s" / f"{i}.png")
-    return folder
 
 
 def write_published(path, state_dict):
     """A checkpoint file as Lightning writes it: the state dict beside counters and
     objects of packages that a reader may lack."""
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-
-    class ModelCheckpoint:
-        pass
-
-    class AttributeDict(dict):
-        pass
-
-    for cls in (ModelCheckpoint, AttributeDict):
-        cls.__module__, cls.__qualname__ = module.__name__, cls.__name__
-        setattr(module, cls.__name__, cls)
-    names = ["pytorch_lightning", "pytorch_lightning.callbacks", module.__name__]
-    try:
-        sys.modules |= {name: types.ModuleType(name) for name in names[:2]} | {names[2]: module}
-        callback = ModelCheckpoint()
-        callback.monitor, callback.best = "val/loss", torch.tensor(0.1)
-        torch.save({"epoch": 1, "global_step": 470000, "pytorch-lightning_version": "1.4.2",
-                    "state_dict": state_dict,
-                    "callbacks": {ModelCheckpoint: {"best": callback}},
-                    "hyper_parameters": AttributeDict(lr=1e-4),
-                    "optimizer_states": [], "lr_schedulers": []}, path)
-    finally:
-        for name in names:
-            sys.modules.pop(name, None)
+    for name, base in (("ModelCheckpoint", object), ("AttributeDict", dict)):
+        setattr(module, name, type(name, (base,), {"__module__": module.__name__}))
+    sys.modules |= {name: types.ModuleType(name) for name in (
+        "pytorch_lightning", "pytorch_lightning.callbacks")} | {module.__name__: module}
+    callback = module.ModelCheckpoint()
+    callback.monitor, callback.best = "val/loss", torch.tensor(0.1)
+    torch.save({"epoch": 1, "global_step": 470000, "pytorch-lightning_version": "1.4.2",
+                "state_dict": state_dict, "callbacks": {module.ModelCheckpoint: {"best": callback}},
+                "hyper_parameters": module.AttributeDict(lr=1e-4), "optimizer_states": []}, path)
 
 
 if __name__ == "__main__":

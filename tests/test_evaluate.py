@@ -1,106 +1,63 @@
-"""The metrics: Frechet distance against its closed form, PUL, intervals."""
+"""The metrics against closed forms and simulations; the report on known models."""
 
 import json
 import math
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import pytest
 import torch
-from torchvision.models import Inception_V3_Weights, inception_v3
 
 import evaluate
 from ddpm import UserError
-from evaluate import (METRICS, Evidence, drift, drift_of_noise, frechet_distance,
-                      inception_features, jitter, percentage_of_unlearning, share_inside,
-                      wilson_interval, worst_kept)
-
-
-def whitened(n, d, seed):
-    """n points whose sample mean is exactly 0 and sample covariance exactly the
-    identity."""
-    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x = x - x.mean(0)
-    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+from evaluate import (Judge, compare, drift, drift_of_noise, frechet_distance, get_classifier,
+                      jitter, percentage_of_unlearning, print_table, relearning, worst_kept)
+from train_ddpm import to_float, to_uint8
 
 
 def test_frechet_distance_is_its_closed_form():
-    x = whitened(500, 6, 0)
-    # equal covariances: the means' distance
-    assert frechet_distance(x, x + 2) == pytest.approx(6 * 4, rel=1e-9)
-    # commuting covariances: || m ||^2 + sum (s_a - s_b)^2
-    s_a, s_b = torch.tensor([1.0, 2, 3, 0.5, 1,
-                             4]).double(), torch.tensor([2.0, 2, 1, 0.1, 3, 4]).double()
-    assert frechet_distance(x * s_a,
-                            x * s_b + 1) == pytest.approx(6 + (s_a - s_b).square().sum().item(),
-                                                          rel=1e-9)
-
-
-def test_frechet_distance_of_covariances_that_do_not_commute():
-    torch.manual_seed(0)
-    a, b = torch.randn(5, 5).double(), torch.randn(5, 5).double()
-    x = whitened(400, 5, 1)
-    cov_a, cov_b = a @ a.T, b @ b.T
-    # tr (C_a C_b)^1/2
-    product_roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    expected = (cov_a.trace() + cov_b.trace() - 2 * product_roots).item()
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)).double()
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # of covariance I, exactly
+    assert frechet_distance(x, x + 2) == pytest.approx(6 * 4, rel=1e-9)  # the means' distance
+    s, r = torch.tensor([[1, 2, 3, 0.5, 1, 4], [2, 2, 1, 0.1, 3, 4]]).double()
+    expected = 6 + (s - r).square().sum().item()  # of covariances that commute
+    assert frechet_distance(x * s, x * r + 1) == pytest.approx(expected, rel=1e-9)
+    a, b = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    root = torch.linalg.eigvals(a @ a.T @ b @ b.T).real.clamp(min=0).sqrt().sum()
+    expected = (a.square().sum() + b.square().sum() - 2 * root).item()  # of those that do not
     assert frechet_distance(x @ a.T, x @ b.T) == pytest.approx(expected, rel=1e-8)
 
 
 def test_frechet_distance_of_equal_sets_is_zero_and_it_is_symmetric():
     torch.manual_seed(0)
     x, y = torch.randn(300, 8) * 3 + 1, torch.randn(200, 8)
+    q = torch.linalg.qr(torch.randn(8, 8))[0]
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
-    q = torch.linalg.qr(torch.randn(8, 8))[0]
     assert frechet_distance(x @ q, y @ q) == pytest.approx(frechet_distance(x, y), rel=1e-4)
 
 
-def test_frechet_distance_survives_a_singular_covariance():
-    x = torch.randn(50, 20)
-    x[:, 10:] = 0
-    y = x.clone()
-    y[:, 0] += 3
-    assert frechet_distance(x, y) == pytest.approx(9, rel=1e-4)
-
-
-def test_frechet_distance_of_fewer_points_than_dimensions():
-    """Against tr (C_a^1/2 C_b C_a^1/2)^1/2 = the nuclear norm of X_a X_b^T, of centred
-    points: most eigenvalues are 0, and by rounding below it."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (10, 12))
+def test_frechet_distance_of_singular_covariances():
+    """tr (C_a^1/2 C_b C_a^1/2)^1/2 is the nuclear norm of X_a X_b^T, of centred points;
+    of fewer points than dimensions, eigenvalues are 0, and by rounding below it."""
+    a, b = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).double() for n in (9, 8))
     x, y = ((p - p.mean(0)) / math.sqrt(len(p) - 1) for p in (a, b))
     expected = ((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum()
                 - 2 * torch.linalg.svdvals(x @ y.T).sum())
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
+    flat, step = torch.randn(50, 20) * (torch.arange(20) < 10), 3 * (torch.arange(20) == 0)
+    assert frechet_distance(flat, flat + step) == pytest.approx(9, rel=1e-4)
 
 
-def test_precision_and_recall_are_not_one_another():
-    """Samples in the middle of the real ones: all are good, and few of those had."""
-    generator = torch.Generator().manual_seed(0)
-    real, samples = torch.randn(200, 2, generator=generator), torch.zeros(200, 2)
-    samples += 0.05 * torch.randn(200, 2, generator=generator)
-    evidence = Evidence(samples, torch.ones(200, 2), real, real, [0])
-    precision, recall = (METRICS[name][2](evidence) for name in ("precision", "recall"))
-    assert precision > 0.9 and recall < 0.3
-
-
-def test_pul():
-    assert percentage_of_unlearning(200, 0) == 100
-    assert percentage_of_unlearning(200, 50) == 75
-    assert percentage_of_unlearning(200, 200) == 0
-    assert percentage_of_unlearning(100, 150) == -50
+def test_pul_drift_and_the_worst_kept_class_by_hand():
+    assert [percentage_of_unlearning(200, n) for n in (0, 50, 200, 300)] == [100, 75, 0, -50]
     assert math.isnan(percentage_of_unlearning(0, 3))
-
-
-def test_drift_and_the_worst_kept_class_by_hand():
-    # class 0 is forgotten; of 100 retained, 15 went from 2 to 3
-    before, after = [10, 50, 30, 20], [0, 50, 15, 35]
+    before, after = [10, 50, 30, 20], [0, 50, 15, 35]  # of 100 retained, 15 went from 2 to 3
     assert drift(before, after, [0]) == pytest.approx(0.15)
     assert drift(before, before, [0]) == 0 and drift([5, 10, 0], [5, 0, 10], [0]) == 1
     assert worst_kept(before, after, [0]) == (2, 0.5)
-    # what was not drawn before cannot be lost
-    assert worst_kept([3, 0, 4], [0, 9, 4], [0]) == (2, 1.0)
+    assert worst_kept([3, 0, 4], [0, 9, 4], [0]) == (2, 1.0)  # what was not drawn cannot be lost
+    assert worst_kept([3, 0], [0, 9], [0])[0] is None
 
 
 def test_drift_of_noise_is_that_of_two_sets_of_one_model():
@@ -111,225 +68,133 @@ def test_drift_of_noise_is_that_of_two_sets_of_one_model():
     assert mean == pytest.approx(drift_of_noise(sets[0][0], [0]), rel=0.1)
 
 
-def test_wilson_interval_covers_95_percent():
+def test_jitter_mirrors_half_and_shifts_by_up_to_4_pixels():
     torch.manual_seed(0)
-    for p in (0.02, 0.1, 0.5):
-        counts = torch.distributions.Binomial(300, torch.tensor(p)).sample((2000,)).int().tolist()
-        covered = sum(low <= p <= high for low, high in (wilson_interval(c, 300)
-                                                         for c in counts)) / 2000
-        assert 0.92 < covered < 0.98
-    assert wilson_interval(0, 100)[0] == 0 and 0 < wilson_interval(0, 100)[1] < 0.05
-    assert wilson_interval(100, 100)[1] == pytest.approx(1, abs=1e-12)
-
-
-def test_inception_features_are_the_2048_pooled_ones():
-    """Against the network's own layers, called one by one as far as the pooling."""
-    torch.manual_seed(0)
-    network = inception_v3(weights=None, init_weights=False, transform_input=True)
-    network.fc = torch.nn.Identity()
-    pooled = []
-    network.avgpool.register_forward_hook(lambda module, args, out: pooled.append(out.flatten(1)))
-    images = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
-    features = inception_features(network.eval(), images, batch_size=2)
-    assert features.shape == (3, 2048) and torch.equal(features, torch.cat(pooled))
-    assert torch.allclose(features, inception_features(network, images), atol=1e-4)
-
-
-def test_inception_sees_images_normalised_as_it_was_trained():
-    """White is (1 - mean) / std of ImageNet, at 299 x 299, as torchvision says it."""
-    class Seen(torch.nn.Conv2d):
-        def forward(self, x):
-            self.x = x
-            return x.flatten(1)
-
-    network = Seen(3, 1, 1)
-    inception_features(network, torch.full((2, 3, 20, 20), 255, dtype=torch.uint8))
-    preset = Inception_V3_Weights.IMAGENET1K_V1.transforms()
-    for c in range(3):
-        white = (1 - preset.mean[c]) / preset.std[c]
-        assert torch.allclose(network.x[:, c], torch.full((2, 299, 299), white), atol=1e-4)
-
-
-def test_inception_without_a_network_says_where_to_get_it(monkeypatch):
-    def fails(**kwargs):
-        raise URLError("no network")
-
-    monkeypatch.setattr(evaluate, "inception_v3", fails)
-    with pytest.raises(UserError, match="inception_v3_google.*pth"):
-        evaluate.load_inception("cpu")
-
-
-def precision_and_recall(real, generated, k=3):
-    return share_inside(generated, real, k), share_inside(real, generated, k)
-
-
-def test_precision_and_recall_by_hand():
-    """On a line, k = 1: each point's ball reaches to its nearest neighbour."""
-    real = torch.tensor([[0.0], [1.0], [10.0], [12.0]])  # balls: [-1, 1], [0, 2], [8, 12], [10, 14]
-    # balls: [0.25, 0.75], [0.5, 1], [0.75, 17.25], [9, 51]
-    generated = torch.tensor([[0.5], [0.75], [9.0], [30.0]])
-    # 30 is off the real manifold; 0 off the generated one
-    assert precision_and_recall(real, generated, k=1) == (3 / 4, 3 / 4)
-
-
-def test_precision_is_quality_and_recall_variety():
-    torch.manual_seed(0)
-    real = torch.cat([torch.randn(300, 4), torch.randn(300, 4) + 20])  # two modes
-    same = torch.cat([torch.randn(300, 4), torch.randn(300, 4) + 20])
-    one_mode, noise = torch.randn(600, 4), 50 * torch.randn(600, 4)
-    p, r = precision_and_recall(real, same)
-    assert p > 0.8 and r > 0.8
-    p, r = precision_and_recall(real, one_mode)
-    assert p > 0.8 and 0.4 < r <= 0.5  # all good, and half of it missing
-    assert precision_and_recall(real, noise)[0] < 0.05
-    assert precision_and_recall(real, real) == (1, 1)
-    p, r = precision_and_recall(real, same)
-    # the one is the other with the sets exchanged
-    assert precision_and_recall(same, real) == (r, p)
-
-
-def test_the_table_of_metrics_is_that_of_the_functions():
-    torch.manual_seed(0)
-    features, real = torch.randn(20, 4), torch.randn(60, 4)
-    probabilities = torch.eye(3)[torch.arange(20) % 3] * 0.7 + 0.1  # 7, 7 and 6 of each class
-    evidence = Evidence(features, probabilities, real, real[:20], [0, 2])
-    found = {key: function(evidence) for key, (_, _, function) in METRICS.items()}
-    assert found["forgotten_count"] == 13 and found["mean_confidence"] == pytest.approx(0.8)
-    assert found["u_fid"] == frechet_distance(features, real)
-    assert found["precision"] == share_inside(features, real[:20])
-    assert found["recall"] == share_inside(real[:20], features)
-
-
-def test_jitter_keeps_size_and_content():
-    torch.manual_seed(0)
-    x = torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).float()
-    y = jitter(x, pad=0)
-    assert all(torch.equal(b, a) or torch.equal(b, a.flip(2)) for a, b in zip(x, y))
-    y = jitter(x)
-    assert y.shape == x.shape and not torch.equal(y, x)
-    for a, b in zip(x, y):  # a shift by at most 4, mirrored or not, of what was there
+    x, found = torch.arange(60 * 3 * 8 * 12).view(60, 3, 8, 12).float(), []
+    for a, b in zip(x, jitter(x)):
         padded = torch.nn.functional.pad(torch.stack([a, a.flip(2)]), (4,) * 4, mode="reflect")
-        assert any(torch.equal(p[:, dy : dy + 16, dx : dx + 16], b) for p in padded
-                   for dy in range(9) for dx in range(9))
+        found += [(i, dy, dx) for i in range(2) for dy in range(9) for dx in range(9)
+                  if torch.equal(padded[i, :, dy : dy + 8, dx : dx + 12], b)]
+    assert len(found) == 60 and 20 < sum(i for i, _, _ in found) < 40
+    assert [len(set(values)) for values in zip(*found)] == [2, 9, 9] and len(set(found)) > 30
 
 
-# --- the report, on models that are known ---------------------------------------------
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_classifier_learns_once_and_is_tested_on_the_unseen(tmp_path, monkeypatch, channels):
+    monkeypatch.chdir(tmp_path)
+    model, seen = SimpleNamespace(data={"name": "stub", "classes": ["dark", "light"]}), []
+    labels, i, train = torch.arange(60) % 2, torch.arange(60), evaluate.train_classifier
+    images = (150 * labels.view(-1, 1, 1, 1) + torch.randint(50, (60, channels, 8, 8))).byte()
+    monkeypatch.setattr(evaluate, "train_classifier", lambda *a: (seen.append(a[1]), train(*a)))
+    wrong = torch.where(i % 20 == 0, 1 - labels, labels)  # at three of those that are held out
+    made, again = (get_classifier(model, images, wrong, None, None, "cpu") for _ in range(2))
+    assert len(seen) == 1 and torch.equal(seen[0], images[i % 5 > 0])
+    assert made[1] == again[1] == pytest.approx(9 / 12) and not again[0].training
+    assert torch.equal(again[0](to_float(images)), made[0](to_float(images)))
+    accuracy = get_classifier(model, images, labels, images, 1 - labels, "cpu")[1]  # a test part
+    assert accuracy == 0 and len(seen[1]) == 60
+    with pytest.raises(UserError, match="no classifier can learn from 5 images"):
+        get_classifier(model, images[:7], labels[:7], None, None, "cpu")
 
 
-def stub(path, features, log):
-    """A checkpoint whose samples are these features (N, 2), as images of 1x2 pixels."""
+# --- the report, on models that are known: clouds of a, b and c in images of 2 pixels
+
+CENTRES = torch.tensor([[-0.8, -0.8], [0.8, 0.0], [0.0, 0.8]])
+
+
+def clouds(counts, seed):
+    """Images (N, 1, 1, 2) uint8 and labels (N,): so many of each class."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    noise = torch.randn(len(labels), 2, generator=torch.Generator().manual_seed(seed))
+    return to_uint8(CENTRES[labels] + 0.05 * noise).view(-1, 1, 1, 2), labels
+
+
+def stub(path, counts, number, log):
+    """A checkpoint whose samples are such images, and whose bound is `number`."""
     def sample(unet, n, shape, steps, eta, seed, progress=False):
-        log.append((n, steps, eta, seed))
-        return features[:n].view(n, *shape)
+        log.append((n, shape, steps, eta, seed))
+        return to_float(images[:n])
 
-    return SimpleNamespace(path=path, config={"image_shape": (1, 1, 2)}, unet=None, forgotten=None,
-                           data={"classes": ["a", "b"], "name": "stub"},
-                           diffusion=SimpleNamespace(sample=sample))
+    def bound(unet, x0, steps):
+        log.append(to_uint8(x0).flatten(1).tolist())
+        return {"total": torch.full((len(x0),), float(number))}
 
-
-class StubJudge(evaluate.Judge):
-    """Features are the pixels; what lies above 0.5 is of class a."""
-
-    def __init__(self, checkpoint, real, labels):
-        self.checkpoint, self.labels, self.accuracy, self.device = checkpoint, labels, 1.0, "cpu"
-        self.real_features, self.samples, self.before, self.inception = real, None, {}, None
-
-    def look_at(self, images):
-        x = images.flatten(1).float() / 127.5 - 1
-        is_a = (x[:, 0] > 0.5).float()
-        return x, torch.stack([is_a, 1 - is_a], dim=1)
+    images = clouds(counts, number)[0]
+    return SimpleNamespace(
+        path=path, config={"image_shape": (1, 1, 2)}, unet=torch.nn.Linear(1, 1), images=images,
+        data={"classes": ["b", "a", "c"], "excluded": []}, forgotten={"classes": ["a"]},
+        diffusion=SimpleNamespace(sample=sample, variational_bound=bound))
 
 
-def stub_report():
-    generator = torch.Generator().manual_seed(0)
-    cloud = 0.1 * torch.randn(400, 2, generator=generator)
-    a = cloud[:100] + torch.tensor([0.8, 0.0])
-    log = []
-    before = stub("before.pt", torch.cat([a[:50], cloud[100:150]]), log)
-    after = stub("after.pt", torch.cat([a[:10], cloud[200:290]]), log)
-    judge = StubJudge(before, torch.cat([a, cloud[300:]]), (torch.arange(200) >= 100).long())
-    sampling = evaluate.Sampling(100, 7, 0.5, 3)
-    report, _ = evaluate.compare(judge, after, ["a"], sampling, 0)
-    return report, log, torch.cat([a, cloud[300:]]), after, judge
+@pytest.fixture
+def known(monkeypatch):
+    """Models before and after, arguments, a log of what the models are asked; and what
+    is real: the images to learn from (True) and to test on (False)."""
+    log, real = [], {True: clouds([60, 60, 60], 10), False: clouds([7, 7, 7], 11)}
+    classifier = SimpleNamespace(body=torch.nn.Flatten(), head=lambda x: 20 * x @ CENTRES.T)
+    monkeypatch.setattr(evaluate, "load_data_of", lambda model, root, train=True: real[train])
+    monkeypatch.setattr(evaluate, "get_classifier", lambda *args: (classifier, 0.97))
+    before, after = (stub(f"{name}.pt", counts, i, log) for i, (name, counts) in enumerate(
+        {"before": [30, 50, 20], "after": [75, 10, 15]}.items()))
+    args = SimpleNamespace(samples=100, sampling_steps=7, seed=3, bits=5, relearn=4)
+    return SimpleNamespace(before=before, after=after, args=args, log=log, real=real)
 
 
-def test_the_report_by_hand():
-    report, log, real, after, judge = stub_report()
-    assert report["PUL"] == 80 and report["recognisable"]
-    assert log == [(100, 7, 0.5, 3)] * 2  # the same noise before and after
-    sides = [judge.look_at(evaluate.to_uint8(s))[0] for s in (
-        judge.checkpoint.diffusion.sample(None, 100, (1, 1, 2), 1, 1, 1),
-        after.diffusion.sample(None, 100, (1, 1, 2), 1, 1, 1))]
-    fids = [frechet_distance(x, real[100:]) for x in sides]  # against what stays alone
-    assert [report[w]["u_fid"] for w in ("before", "after")] == pytest.approx(fids, rel=1e-6)
-    assert report["u_fid_ratio"] == pytest.approx(fids[1] / fids[0]) and fids[1] < fids[0]
-    text = evaluate.report_table(report)
-    assert "80.0%" in text and "WARNING" not in text
+def test_the_report_by_hand(known, capsys):
+    judge, (images, labels) = Judge(known.before, "cpu", None), known.real[True]
+    report, samples = compare(judge, known.after, ["a"], known.args)
+    assert report["PUL"] == 80 and report["before"]["counts"] == {"b": 30, "a": 50, "c": 20}
+    assert report["worst_kept"] == {"class": "c", "share_left": 0.75} and report["recognisable"]
+    assert report["drift"] == pytest.approx(75 / 90 - 30 / 50)
+    kept = to_float(images[labels != 1]).flatten(1)
+    fids = [frechet_distance(to_float(x).flatten(1), kept) for x in samples.values()]
+    assert fids[1] < fids[0] and report["u_fid_ratio"] == pytest.approx(fids[1] / fids[0], rel=1e-4)
+    for number, (when, drawn) in enumerate(samples.items()):
+        side, model = report[when], getattr(known, when)
+        assert torch.equal(drawn, model.images) and side["checkpoint"] == f"{when}.pt"
+        assert side["u_fid"] == pytest.approx(fids[number], rel=1e-4)
+        assert side["bits_forgotten"] == side["bits_retained"] == number
+    (images, labels), bounded = known.real[False], [x for x in known.log if isinstance(x, list)]
+    assert bounded[:2] == bounded[2:] and [len(x) for x in bounded] == [5] * 4
+    for x, of_kind in zip(bounded, (labels == 1, labels != 1)):  # of the test part
+        assert all(image in images[of_kind].flatten(1).tolist() for image in x)
+    other, _ = compare(judge, known.after, ["c"], known.args)  # of the same samples before
+    drawn = [x for x in known.log if isinstance(x, tuple)]
+    assert other["PUL"] == 25 and drawn == [(100, (1, 1, 2), 7, 1.0, 3)] * 3  # the same noise
+    print_table([report, other])
+    said = capsys.readouterr().out
+    assert "80.0%" in said and "25.0%" in said and "c, 75%" in said and "WARNING" not in said
 
 
-def test_a_model_that_draws_nothing_known_is_told():
-    report, *_ = stub_report()
-    report["after"]["mean_confidence"] = 0.79
-    report["recognisable"] = False
-    assert "WARNING: the classifier recognises much less" in evaluate.report_table(report)
+def test_a_model_that_draws_nothing_known_is_told(known, capsys):
+    known.after.diffusion.sample = lambda *args, **kwargs: torch.zeros(100, 1, 1, 2)
+    report, _ = compare(Judge(known.before, "cpu", None), known.after, ["a"], known.args)
+    print_table([report])
+    assert not report["recognisable"] and "WARNING: the classifier" in capsys.readouterr().out
 
 
-def test_too_few_images_are_refused():
-    _, _, _, after, judge = stub_report()
-    judge.labels = torch.zeros(200).long()
-    judge.labels[0] = 1
-    with pytest.raises(UserError, match="at least two real images .* there are 1"):
-        judge.describe(torch.zeros(9, 1, 1, 2, dtype=torch.uint8), [0], after, 0)
+def test_a_test_part_without_the_class_and_no_test_part(known, tmp_path):
+    """Bits of no images are nan, null in the file; without a test part, all others."""
+    for part, bits in ((clouds([7, 0, 7], 2), None), ((None, None), 0)):
+        known.real[False] = part
+        report, _ = compare(Judge(known.before, "cpu", None), known.after, ["a"], known.args)
+        print_table([report])
+        evaluate.write_json(tmp_path / "r.json", {**report, "settings": [math.inf, 0.5]})
+        report = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+        assert report["before"]["bits_forgotten"] == bits and report["settings"] == [None, 0.5]
+        assert report["before"]["bits_retained"] == 0 and [] not in known.log
 
 
-def test_relearning_sees_the_forgotten_class_alone(monkeypatch):
-    _, log, _, after, judge = stub_report()
-    judge.images = torch.zeros(200, 1, 1, 2, dtype=torch.uint8)
-    judge.images[:100] = 255
-    judge.classifier = None
-    monkeypatch.setattr(evaluate, "features_and_probabilities",
-                        lambda classifier, images, device: judge.look_at(images))
-    seen = []
-    monkeypatch.setattr(evaluate, "training_step",
-                        lambda unet, diffusion, optimizer, x: seen.append(x))
-    after.unet = torch.nn.Linear(1, 1)
-    result = evaluate.relearning(judge, {"unlearned": after}, ["a"], [0, 2, 4], 30, 1e-3,
-                                 evaluate.Sampling(100, 7, 0.5, 3))
-    assert len(seen) == 4 and all((x == 1).all() for x in seen)  # 255 is 1: class a
-    assert result["unlearned"] == [0.1] * 3 and result["images"] == 30
-
-
-def test_a_dataset_of_one_class_is_refused(monkeypatch):
-    checkpoint = stub("one.pt", torch.zeros(2, 2), [])
-    checkpoint.data["classes"] = ["a"]
-    monkeypatch.setattr(evaluate, "load_data_of", lambda *args: (torch.zeros(9, 1, 1, 2), None))
-    with pytest.raises(UserError, match="one.pt knows one class"):
-        evaluate.Judge(checkpoint, "cpu")
-
-
-def test_an_interrupted_relearning_loses_no_report(monkeypatch, tmp_path):
-    report, *_ = stub_report()
-    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    model = SimpleNamespace(path="m.pt")
-    for name, result in (("load_checkpoint", model), ("parent_of", "m.pt"), ("check_parent", None),
-                         ("names_to_count", ["a"]), ("relearning_models", {"unlearned": model}),
-                         ("compare", (report, {"before": images, "after": images}))):
-        monkeypatch.setattr(evaluate, name, lambda *args, result=result: result)
-    monkeypatch.setattr(evaluate, "relearning", interrupted)
-    args = SimpleNamespace(before=None, forget_class=None, relearn=10, never_saw=None, bits=0,
-                           save_samples=None, relearn_images=1, relearn_lr=1.0)
-    with pytest.raises(KeyboardInterrupt):
-        judges = {"m.pt": SimpleNamespace(checkpoint=model)}
-        evaluate.evaluate("m.pt", tmp_path / "m", args, judges, None, "cpu")
-    assert json.loads((tmp_path / "m/report.json").read_text())["PUL"] == 80
-    assert (tmp_path / "m/after.png").stat().st_size > 0
-
-
-def test_json_has_no_nan(tmp_path):
-    evaluate.write_json(tmp_path / "x.json", {"a": math.nan, "b": [1.5, math.inf]})
-    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
-        "a": None, "b": [1.5, None]}
+def test_relearning_sees_the_forgotten_class_alone(known, monkeypatch):
+    seen, of_class = {}, known.real[True][0][60:120].flatten(1).tolist()
+    monkeypatch.setattr(evaluate, "training_step", lambda unet, diffusion, optimizer, x: (
+        seen.setdefault(unet, []).append(to_uint8(x).flatten(1).tolist())))
+    judge, models = Judge(known.before, "cpu", None), {"one": known.after, "two": known.before}
+    result = relearning(judge, models, ["a"], known.args, images=20)
+    one, two = seen[known.after.unet], seen[known.before.unet]
+    assert one == two and [len(x) for x in one] == [64] * 4  # every model sees the same
+    assert all(image in of_class for x in one for image in x)
+    assert len({tuple(image) for x in one for image in x}) <= 20
+    assert [result[key] for key in ("steps", "images", "samples")] == [[0, 1, 2, 4], 20, 100]
+    assert result["one"] + result["two"] == pytest.approx([0.1] * 4 + [0.5] * 4)
+    assert known.log == [(100, (1, 1, 2), 7, 1.0, 3)] * 8

@@ -1,4 +1,4 @@
-"""The form of the code: widths, and imports in a straight line."""
+"""The form of the code: widths, its length, and imports in a straight line."""
 
 import ast
 import io
@@ -33,6 +33,12 @@ def test_columns(path):
 def test_readmes_columns():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+def test_the_code_is_short():
+    files = sorted(ROOT.glob("*.py"))
+    assert files == sorted(SOURCES)
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 3200
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ORDER)

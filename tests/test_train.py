@@ -1,87 +1,110 @@
-"""Training: the learning rate, the gradient's bound, what enters the posterior."""
+"""Training: the learning rate, the gradient's bound, the posterior; resuming."""
 
-import argparse
 import math
+import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import ddpm
-from train_ddpm import RunningPosterior, Training, learning_rate, posterior_start, seed_step
+import train_ddpm
+from train_ddpm import (batch_indices, learning_rate, mirror_half, posterior_start, seed_step,
+                        to_float)
 
 CONFIG = {"unet": dict(model_channels=8, channel_mult=[1], num_heads=1), "schedule": "linear",
           "timesteps": 50, "velocity": False, "image_shape": [1, 8, 8]}
+IMAGES = (torch.arange(20 * 64) ** 2 % 251).to(torch.uint8).view(20, 1, 8, 8)
 
 
-def settings(**changes):
-    return argparse.Namespace(**{**dict(steps=400, lr=1e-3, posterior_fraction=0.25,
-                                        posterior_every=5, output="x.pt"), **changes})
+def test_the_learning_rate_warms_up_falls_to_a_tenth_and_stays():
+    rates = [learning_rate(step, 1000, 1e-3) / 1e-3 for step in range(1000)]
+    assert posterior_start(1000) == 750
+    assert rates[0] == pytest.approx(1 / 200) and max(rates) < 1
+    expected = [0.5 * (1 - 0.9 * 99 / 750), 1 - 0.9 * 600 / 750, *[0.1] * 250]
+    assert [rates[99], rates[600], *rates[750:]] == pytest.approx(expected)
 
 
-def test_learning_rate_warms_up_falls_to_a_tenth_and_stays():
-    args = settings(steps=1000)
-    rates = [learning_rate(step, args) / args.lr for step in range(1000)]
-    assert posterior_start(args) == 750
-    assert rates[0] == pytest.approx(1 / 200)
-    assert rates[99] == pytest.approx(0.5 * (1 - 0.9 * 99 / 750))
-    assert max(rates) < 1 and rates[600] == pytest.approx(1 - 0.9 * 600 / 750)
-    assert all(r == pytest.approx(0.1) for r in rates[750:])
-    run = Training(args, CONFIG, {}, torch.device("cpu"))
-    for step in (0, 300, 800):
-        run.step = step
-        run.update(torch.zeros(4, 1, 8, 8))
-        assert run.optimizer.param_groups[0]["lr"] == learning_rate(step, args)
-
-
-def test_the_posterior_is_that_of_the_trained_weights():
-    """Mean and deviation of the weights after every fifth step of the last quarter."""
-    torch.manual_seed(0)
-    run = Training(settings(steps=40), CONFIG, {}, torch.device("cpu"))
+def run(path, flip=True, saved=None, ctrl_c=None):
+    """train() in 40 steps: (UNet, what each step saw, its weights, its rate)."""
     passed = []
-    for step in range(40):
-        run.update(torch.randn(4, 1, 8, 8))
-        if step >= 30 and (step % 5 == 0 or step == 39):
-            passed.append({k: p.detach().clone() for k, p in run.unet.named_parameters()})
-    posterior = run.running.posterior()
-    assert posterior["n"] == len(passed) == 3
-    for k in passed[0]:
-        weights = torch.stack([w[k] for w in passed])
-        assert torch.allclose(posterior["mean"][k], weights.mean(0), atol=1e-7)
-        assert torch.allclose(posterior["std"][k], weights.std(0), atol=1e-7)
-        assert torch.equal(run.theta_star()[k], posterior["mean"][k])
+
+    def step(unet, diffusion, optimizer, x0):
+        if len(passed) == ctrl_c:
+            signal.raise_signal(signal.SIGINT)
+        loss = ddpm.training_step(unet, diffusion, optimizer, x0)
+        weights = {k: p.detach().clone() for k, p in unet.named_parameters()}
+        passed.append((x0, weights, optimizer.param_groups[0]["lr"]))
+        return loss
+
+    settings = dict(output=path, steps=40, seed=3, batch_size=4, lr=1e-3, flip=flip, save_every=99)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_ddpm, "training_step", step)
+        unet, _ = train_ddpm.train(settings, CONFIG, IMAGES, {}, torch.device("cpu"), saved)
+    return unet, *zip(*passed)
+
+
+def test_the_posterior_is_that_of_the_trained_weights(tmp_path):
+    """Mean and deviation of the weights after every fifth step of the last quarter."""
+    unet, seen, weights, rates = run(tmp_path / "x.pt", flip=False)
+    assert list(rates) == [learning_rate(step, 40, 1e-3) for step in range(40)]
+    for step, x0 in enumerate(seen):
+        assert torch.equal(x0, to_float(IMAGES[batch_indices(step, 20, 4, 3)]))
+    raw = ddpm.read_file(tmp_path / "x.pt")
+    mean, std, n = (raw["posterior"][k] for k in ("mean", "std", "n"))
+    assert n == 3 and raw["step"] == 40 and "train" not in raw
+    for k, theta in unet.named_parameters():
+        passed = torch.stack([weights[step][k] for step in (30, 35, 39)])
+        assert torch.allclose(mean[k], passed.mean(0), atol=1e-7)
+        assert torch.allclose(std[k], passed.std(0), atol=1e-7)
+        assert torch.equal(theta, mean[k]) and torch.equal(theta, raw["weights"][k])
+
+
+@pytest.mark.parametrize("step", [12, 30, 36])  # before, at and within the posterior's quarter
+def test_an_interrupted_run_continues_to_the_same_result(tmp_path, step):
+    run(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "x.pt", ctrl_c=step)
+    saved = ddpm.read_file(tmp_path / "x.pt")
+    assert saved["step"] == step + 1 and (saved["posterior"] is None) == (step < 35)
+    run(tmp_path / "x.pt", saved=saved)
+    a, b = (ddpm.read_file(tmp_path / name) for name in ("whole.pt", "x.pt"))
+    assert a["losses"] == b["losses"]
+    for x, y in ((a["weights"], b["weights"]), (a["posterior"]["std"], b["posterior"]["std"])):
+        assert all(torch.equal(v, y[k]) for k, v in x.items())
 
 
 def test_a_training_step_bounds_the_gradient_and_moves_nothing_for_nan():
     unet, diffusion = ddpm.build(CONFIG)
     optimizer = torch.optim.SGD(unet.parameters(), lr=1.0)
-    with torch.no_grad():
-        unet.out[2].bias += 1000  # a loss of 10^6, a gradient of 2000
-    before = {k: p.detach().clone() for k, p in unet.named_parameters()}
-    loss = ddpm.training_step(unet, diffusion, optimizer, torch.randn(4, 1, 8, 8))
-    moved = math.sqrt(sum((p - before[k]).square().sum().item()
-                          for k, p in unet.named_parameters()))
-    assert loss > 1e5 and moved == pytest.approx(1.0, rel=1e-3)
-    before = {k: p.detach().clone() for k, p in unet.named_parameters()}
-    assert math.isnan(ddpm.training_step(unet, diffusion, optimizer,
-                                         torch.full((4, 1, 8, 8), math.nan)))
-    assert all(torch.equal(p, before[k]) for k, p in unet.named_parameters())
+    unet.out[2].bias.data += 1000  # a loss of 10^6, a gradient of 2000
+    for x0, distance in ((torch.randn(4, 1, 8, 8), 1.0), (torch.full((4, 1, 8, 8), math.nan), 0)):
+        before = [p.detach().clone() for p in unet.parameters()]
+        loss = ddpm.training_step(unet, diffusion, optimizer, x0)
+        moved = sum((p - q).square().sum().item() for p, q in zip(unet.parameters(), before))
+        assert moved**0.5 == pytest.approx(distance, rel=1e-3)
+        assert loss > 1e5 if distance else math.isnan(loss)
 
 
-def test_a_run_continues_on_the_device_that_it_ran_on():
-    """What a file holds is on the CPU: it is copied to where the network is."""
-    passed = {"weight": torch.ones(3)}
-    saved, running = (RunningPosterior({"weight": torch.ones(3, device=d)}.items())
-                      for d in ("cpu", "meta"))  # meta stands for an accelerator
-    saved.update(passed.items())
-    running.load_state_dict(saved.state_dict())
-    assert running.n == 1
-    assert all(d["weight"].device.type == "meta" for d in (running.mean, running.m2))
-
-
-def test_every_step_has_random_numbers_of_its_own():
-    draws = {}
+def test_every_step_has_images_and_random_numbers_of_its_own():
+    draws = []
     for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
         seed_step(seed, step)
-        draws.setdefault((seed, step), []).append(torch.rand(4).tolist())
-    assert draws[0, 0][0] == draws[0, 0][1]
-    assert len({tuple(d[0]) for d in draws.values()}) == 3
+        draws.append(tuple(torch.rand(4).tolist()))
+    assert draws[0] == draws[3] and len(set(draws)) == 3
+    epochs = torch.cat([batch_indices(i, 21, 5, seed=1) for i in range(8)]).view(2, 20)
+    assert all(len(epoch.unique()) == 20 for epoch in epochs) and not torch.equal(*epochs)
+    x = torch.arange(1000.0).view(1000, 1, 1, 1) + torch.arange(2.0)
+    mirrored = (mirror_half(x) == x.flip(3)).all(3).flatten()
+    assert 400 < mirrored.sum() < 600 and torch.equal(mirror_half(x).sum(3), x.sum(3))
+
+
+def test_a_run_on_the_shipped_images_resumes_on_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_ddpm, "load_dataset", load := Mock(side_effect=EOFError))
+    args = train_ddpm.parser().parse_args(["--resume", "--output", str(tmp_path / "x.pt")])
+    for source, root in ((train_ddpm.MNIST_5K.name, train_ddpm.MNIST_5K), ("torchvision", "there")):
+        settings = {**vars(args), "data_root": "there"}
+        torch.save({"train": {}, "settings": settings, "data": {"source": source}}, args.output)
+        with pytest.raises(EOFError):
+            train_ddpm.main(args)
+        assert load.call_args.args == ("mnist", root)
