@@ -76,8 +76,7 @@ def read_grid(path):
 
 
 def train(folder, seed=0, ae_steps=200, steps=600):
-    """Train the three networks; write folder/tiny.ckpt, merges.txt, circles/,
-    squares/."""
+    """Train the three networks, and write what the top of this file says."""
     torch.manual_seed(seed)
     (folder / "merges.txt").write_text("#version: 0.2\nc i\nci r\ns q\nsq u\n")
     tokenizer = Tokenizer(folder / "merges.txt")

@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
     """Where the three commands were typed, and four more."""
     cwd = tmp_path_factory.mktemp("run")
     r = subprocess.run([sys.executable, ROOT / "train_ddpm.py", "--steps", "40", "--batch-size",
-                        "32"], cwd=cwd, text=True, capture_output=True)
+                        "16"], cwd=cwd, text=True, capture_output=True)
     assert r.returncode == 0 and r.stdout.count("no network") == 1, r.stderr
     assert "5,000 images of 1x28x28 (mnist_5k.npz)" in r.stdout
     said = command("vdu.py --forget-class 1 --steps 3 --batch-size 8 --anchors 10", cwd)
@@ -196,8 +196,8 @@ def wrong(folder):
 # The command, and after each bar what its error has to say.
 WRONG = f"""
 train_ddpm.py --output x.pt --steps 0 | argument --steps: must be from 1 to inf, not 0
-train_ddpm.py --output x.pt --seed {2**32} | argument --seed: must be from 0 | not {2**32}
-train_ddpm.py --output x.pt --lr inf | argument --lr: must be
+train_ddpm.py --output x.pt --seed {2**32} --steps 1 | argument --seed: must be from 0 | not {2**32}
+train_ddpm.py --output x.pt --lr inf --steps 1 | argument --lr: must be
 vdu.py --forget-class 2 --gamma 1.5 | argument --gamma: must be from 0 to 1, not 1.5
 vdu.py --forget-class 2 --kappa nan | argument --kappa: must be
 vdu.py --forget-class 2 {FEW} --t-range 0 0.0004 | --t-range
@@ -207,14 +207,14 @@ vdu.py --forget-class 2 --device abacus | no device 'abacus'
 vdu.py --forget-class eleven | no class 'eleven' | 0; 1; 2; 3
 vdu.py --forget-class 0 1 2 3 4 5 6 7 8 9 | names all classes
 evaluate.py --overwrite --forget-class 0 1 2 3 4 5 6 7 8 9 | leave at least one class
-train_ddpm.py --output x.pt --exclude-class 0 1 2 3 4 5 6 7 8 9 | names all classes
+train_ddpm.py --output x.pt --exclude-class 0 1 2 3 4 5 6 7 8 9 --steps 1 | names all classes
 vdu.py --forget-class 1 --checkpoint without-1.pt | was trained without 1
 evaluate.py --overwrite --relearn 1 --never-saw checkpoints/mnist.pt | was not trained without 1
-train_ddpm.py | checkpoints/mnist.pt exists | --resume | --overwrite
-train_ddpm.py --output cat.pt | cat.png exists
-train_ddpm.py --output other --overwrite | other is a folder
+train_ddpm.py --steps 1 | checkpoints/mnist.pt exists | --resume | --overwrite
+train_ddpm.py --output cat.pt --steps 1 | cat.png exists
+train_ddpm.py --output other --overwrite --steps 1 | other is a folder
 vdu.py --forget-class 1 --output runs/ | runs/ is a folder
-train_ddpm.py --output x.safetensors | x.safetensors has to end in .pt
+train_ddpm.py --output x.safetensors --steps 1 | x.safetensors has to end in .pt
 vdu.py --forget-class 1 | checkpoints/mnist-forget-1.pt exists | --overwrite
 vdu.py --forget-class 1 --output x.png | x.png has to end in .pt
 vdu.py --forget-class 1 --output cat.png/x.pt | cat.png/x.pt cannot be written
@@ -238,13 +238,13 @@ vdu.py --forget-class 2 --posterior moment-0.pt two.pt | two.pt | unlearned
 evaluate.py --after nan.pt | nan.pt is broken
 evaluate.py --after g1.pt --before letters.pt | letters.pt and g1.pt were not trained on one dataset
 evaluate.py --after elsewhere/g1.pt | /x/mnist.pt, which is gone or another | --before
-train_ddpm.py --resume | checkpoints/mnist.pt is no interrupted run
-train_ddpm.py --resume --output other-images.pt | other-images.pt was trained on other images
-train_ddpm.py --output x.pt --dataset cifar10 | cannot be downloaded | data/cifar-10-batches-py
-train_ddpm.py --output x.pt --dataset tiny-imagenet | cannot be downloaded | tiny-imagenet-200
-train_ddpm.py --output x.pt --dataset folder | --data-root
-train_ddpm.py --output x.pt --dataset folder --data-root spoilt/a | no classes in | sub-folder
-train_ddpm.py --output x.pt --dataset folder --data-root spoilt | cannot read the image
+train_ddpm.py --resume --steps 1 | checkpoints/mnist.pt is no interrupted run
+train_ddpm.py --resume --output other-images.pt --steps 1 | other-images.pt was trained on other images
+train_ddpm.py --output x.pt --dataset cifar10 --steps 1 | cannot be downloaded | data/cifar-10-batches-py
+train_ddpm.py --output x.pt --dataset tiny-imagenet --steps 1 | cannot be downloaded | tiny-imagenet-200
+train_ddpm.py --output x.pt --dataset folder --steps 1 | --data-root
+train_ddpm.py --output x.pt --dataset folder --data-root spoilt/a --steps 1 | no classes in | sub-folder
+train_ddpm.py --output x.pt --dataset folder --data-root spoilt --steps 1 | cannot read the image
 vdu.py --forget-class 2 --data-root nowhere | not in nowhere any more | --data-root
 vdu.py --forget-images elsewhere | no images in elsewhere
 """.strip().splitlines()

@@ -28,8 +28,7 @@ Asks = type("Asks", (tuple,), {"__reduce__": lambda self: tuple(self)})  # for a
 
 
 def reference_state(dtype=torch.float32):
-    """The weights of the reference's small networks, by the names of published
-    files."""
+    """The weights of the reference networks, by the names of published files."""
     return {PREFIX[name] + k: v.to(dtype) for name, there in PARTS.items()
             for k, v in REFERENCE[there]["state_dict"].items()}
 
