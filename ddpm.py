@@ -345,6 +345,8 @@ def read_file(path, lazy=False, make_one="train one with: python train_ddpm.py -
     if not os.path.isfile(path):
         what = "it is a folder, name a file in it" if os.path.isdir(path) else make_one
         raise UserError(f"no checkpoint at {path}: {what}")
+    if re.search(r"-\d+-of-\d+\.", os.fspath(path)):
+        raise UserError(f"{path} is one shard of several: save the model as one file first")
     try:
         with open(path, "rb") as f:
             if f.read(9)[8:] == b"{":

@@ -202,11 +202,10 @@ class Judge:
     def __init__(self, checkpoint, device, data_root):
         self.checkpoint, self.device = checkpoint, device
         self.images, self.labels = load_data_of(checkpoint, data_root)
-        self.test = load_data_of(checkpoint, data_root, train=False)
+        test = load_data_of(checkpoint, data_root, train=False)
         self.classifier, self.accuracy = get_classifier(checkpoint, self.images, self.labels,
-                                                        *self.test, device)
-        if self.test[0] is None:
-            self.test = self.images, self.labels
+                                                        *test, device)
+        self.test = (self.images, self.labels) if test[0] is None else test
         self.real_features, _ = features_and_probabilities(self.classifier, self.images, device)
         self.samples, self.before = None, {}  # the parent's; what was measured, by class
 
@@ -287,37 +286,34 @@ def print_table(reports):
           f"model would drift by {r['drift_of_noise']:.3f}")
 
 
-def relearning(judge, models, names, args, images=100, lr=2e-4):
+def relearning(judge, model, names, args, images=100, lr=2e-4):
     """How fast the class comes back as DDPM's training goes on, on images of it alone.
 
-    models: {name: Checkpoint}, spent afterwards.  images: how many.  Returns {"steps",
-    "images", "samples", and per model the shares counted as the class}."""
-    # Weights that no longer draw a class may still hold it. A model that never saw the
-    # class has to learn it from these few images; one that only hides it is quicker.
+    model: a Checkpoint, spent afterwards.  images: how many.  Returns {"steps",
+    "images", "samples", "shares": of the samples that are counted as the class}."""
+    # Weights that no longer draw a class may still hold it. A model that never saw it
+    # has to learn it from these few images; one that only hides it is quicker.
     forgotten = torch.tensor([judge.checkpoint.data["classes"].index(name) for name in names])
     of_class = torch.isin(judge.labels, forgotten).nonzero().flatten()
     generator = torch.Generator().manual_seed(args.seed)
     chosen = of_class[torch.randperm(len(of_class), generator=generator)[:images]]
     x = to_float(judge.images[chosen]).to(judge.device)  # (K, C, H, W)
     marks = sorted({round(args.relearn * share) for share in (0, 0.1, 0.25, 0.5, 1)})
-    result = {"steps": marks, "images": len(x), "samples": min(args.samples, 500)}
-    for name, model in models.items():
-        result[name] = []
-        optimizer = torch.optim.AdamW(model.unet.parameters(), lr, betas=(0.9, 0.99),
-                                      weight_decay=0.0)
-        torch.manual_seed(args.seed)
-        for step in tqdm(range(marks[-1] + 1), desc=f"relearning ({name})", unit="step"):
-            if step in marks:
-                drawn = model.diffusion.sample(model.unet, result["samples"], tuple(x.shape[1:]),
-                                               args.sampling_steps, 1.0, args.seed)
-                _, p = features_and_probabilities(judge.classifier, to_uint8(drawn), judge.device)
-                result[name].append(torch.isin(p.argmax(1), forgotten).float().mean().item())
-            if step < marks[-1]:
-                batch = x[torch.randint(len(x), (64,)).to(x.device)]
-                training_step(model.unet, model.diffusion, optimizer, batch)
-        shares = ", ".join(f"{100 * share:.1f}%" for share in result[name])
-        print(f"relearning from {len(x)} images, {name}: after {marks} steps {shares}")
-    return result
+    n, shares = min(args.samples, 500), []
+    optimizer = torch.optim.AdamW(model.unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    torch.manual_seed(args.seed)
+    for step in tqdm(range(marks[-1] + 1), desc="relearning", unit="step"):
+        if step in marks:
+            drawn = model.diffusion.sample(model.unet, n, tuple(x.shape[1:]), args.sampling_steps,
+                                           1.0, args.seed)
+            _, p = features_and_probabilities(judge.classifier, to_uint8(drawn), judge.device)
+            shares.append(torch.isin(p.argmax(1), forgotten).float().mean().item())
+        if step < marks[-1]:
+            batch = x[torch.randint(len(x), (64,)).to(x.device)]
+            training_step(model.unet, model.diffusion, optimizer, batch)
+    print(f"relearning from {len(x)} images: after {marks} steps "
+          + ", ".join(f"{100 * share:.1f}%" for share in shares))
+    return {"steps": marks, "images": len(x), "samples": n, "shares": shares}
 
 
 def write_json(path, value):
@@ -375,15 +371,10 @@ def main(args):
         # Count the classes that are named, else those it was told to forget.
         classes = after.data["classes"]
         named = [classes[i] for i in class_indices(args.forget_class or [], classes)]
-        told = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
-        forgotten = named or told
-        if not forgotten or len(forgotten) == len(classes):
+        told = after.forgotten or {"classes": after.data["excluded"]}
+        forgotten = named or told["classes"]
+        if not forgotten or len(forgotten) >= len(classes) - len(before.data["excluded"]):
             raise UserError("say with --forget-class what to count, and leave at least one class")
-        models = {"unlearned": after}
-        if args.never_saw:
-            models["never saw it"] = load_checkpoint(args.never_saw, device)
-            if models["never saw it"].data["excluded"] != forgotten:
-                raise UserError(f"{args.never_saw} was not trained without {', '.join(forgotten)}")
         if before.path not in judges:
             judges[before.path] = Judge(before, device, args.data_root)
         report, samples = compare(judges[before.path], after, forgotten, args)
@@ -392,7 +383,7 @@ def main(args):
         for when, images in samples.items():
             write_images(folder / f"{when}.png", images[:64])
         if args.relearn:
-            report["relearning"] = relearning(judges[before.path], models, forgotten, args)
+            report["relearning"] = relearning(judges[before.path], after, forgotten, args)
             write_json(folder / "report.json", report)
         print(f"wrote {folder}: {', '.join(names)}")
     print_table(reports)
@@ -409,7 +400,6 @@ def parser():
     p.add_argument("--forget-class", nargs="+", metavar="CLASS", help="count these (default: own)")
     p.add_argument("--bits", type=number(int, 0), default=100, help="images for -log p: 100")
     p.add_argument("--relearn", type=number(int, 0), default=0, help="train N steps on the class")
-    p.add_argument("--never-saw", help="for --relearn: trained without the class")
     p.add_argument("--data-root", help="folder of the dataset (default: as in training)")
     add_shared_flags(p)
     return p

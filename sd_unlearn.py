@@ -111,6 +111,8 @@ def run_unlearn(args):
     """sd_unlearn.py unlearn. Raises UserError for what the user can put right."""
     args = with_defaults(args, PAPER, FUNCTION_SPACE)
     check_outputs([args.output], args.overwrite, (".ckpt", ".pt", ".pth"))
+    if not args.concept.strip():
+        raise UserError("--concept must say what will be forgotten")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     model = load(args.checkpoint, args.merges, device)
@@ -124,11 +126,12 @@ def run_unlearn(args):
     if args.posterior:
         posterior = GaussianPosterior.from_checkpoints(
             args.posterior, moving, lambda path: below(read_tensors(path)[0], "unet"))
+    unet.load_state_dict(posterior.mean, strict=False)  # theta* = mu*
     for k, p in unet.named_parameters():
         p.requires_grad_(k in moving)
     rho = args.share or 0.5
     origin = f"posterior of {posterior.n} checkpoints (of 1: sigma* is guessed)"
-    print(f"forgetting {args.concept!r}: {len(images)} images of {args.size} pixels, moving "
+    print(f"forgetting {args.concept!r}: images {len(images)}, of {args.size} pixels, moving "
           f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, "
           f"{args.method}, at most {args.steps} steps on {device}; {origin}")
     # D_f as latents with its prompts; and what theta* draws for others.
@@ -198,6 +201,7 @@ def run_sample(args):
     same noise in each block."""
     check_outputs([args.output], args.overwrite, (".png",))
     device, blocks = pick_device(args.device), []
+    [read_tensors(file) for file in args.checkpoint]  # all are there before the first draws
     for checkpoint in args.checkpoint:
         model, rows = load(checkpoint, args.merges, device), []
         for prompt in args.prompt:

@@ -32,6 +32,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, MNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import save_image
@@ -358,13 +359,20 @@ def load_dataset(name, root=None, train=True, image_shape=None, only=None, class
         elif name == "tiny-imagenet":
             files, classes = tiny_imagenet_files(here, root is None, train, only)
         else:
-            dataset = (MNIST if name == "mnist" else CIFAR10)(here, train, download=root is None)
-            images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-            grey, classes = name == "mnist", digits if name == "mnist" else dataset.classes
-            images = images[:, None] if grey else images.permute(0, 3, 1, 2).contiguous()
+            if name == "mnist":
+                if root is None:
+                    MNIST(here, download=True)
+                part, raw = "train" if train else "t10k", here / DATASETS[name]
+                images, labels = map(read_sn3_pascalvincent_tensor,  # -idx3- or .idx3-
+                                     sorted(raw.glob(f"{part}-*idx?-ubyte")))
+                images, classes = images[:, None], digits
+            else:
+                dataset = CIFAR10(here, train, download=root is None)
+                images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+                labels, classes = torch.tensor(dataset.targets), dataset.classes
             if len(images) != len(labels) or len(labels.unique()) < 10:
                 raise ValueError(f"{len(images):,} images, {len(labels):,} labels")
-    except UserError:
+    except (UserError, PermissionError):
         raise
     except Exception as e:  # over damaged files torchvision fails in many ways
         if name == "mnist" and root is None and not list(here.glob("MNIST/raw/*ubyte")):
@@ -527,12 +535,10 @@ def read_images(paths, image_shape):
             raise UserError(f"cannot read the image {path} ({first_line(e)[:80]})") from e
         image = transforms.center_crop(image, [min(image.shape[1:])] * 2)
         images[i] = transforms.resize(image, [size, size], antialias=True)
-    if channels == 3:
-        return images
-    grey = all(torch.equal(c[:, :1].expand_as(c), c) for c in images.split(1000))
-    if grey:
+    grey = (torch.equal(c[:, :1].expand_as(c), c) for c in images.split(1000))
+    if channels != 3 and all(grey):
         return images[:, :1].clone()
-    return images if channels is None else transforms.rgb_to_grayscale(images)
+    return transforms.rgb_to_grayscale(images) if channels == 1 else images
 
 
 def load_images(folder, image_shape):

@@ -295,13 +295,11 @@ class UNet(nn.Module):
         context: (B, L, context_dim), the encoded prompts, where the network takes any.
         return_middle=True returns the middle block's features (B, C', h, w) instead:
         what the network itself sees in an image."""
-        H, W = x.shape[-2:]
-        p = self.patch_size
+        (H, W), p = x.shape[-2:], self.patch_size
         h = F.pad(x, (0, -W % p, 0, -H % p))  # to a multiple of p
         h = F.pixel_unshuffle(h, p)  # (B, C, H, W) -> (B, C*p*p, H/p, W/p)
         # Time enters every residual block.
-        emb = timestep_embedding(t, self.model_channels, sin_first=self.sin_first)
-        emb = self.time_embed(emb)  # (B, E)
+        emb = self.time_embed(timestep_embedding(t, self.model_channels, self.sin_first))  # (B, E)
         # Down, across the middle, and up; the skips carry fine detail.
         skips = []
         for block in self.input_blocks:

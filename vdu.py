@@ -309,7 +309,9 @@ def fit_logistic(x, y, decay=0.02, iterations=10):
         p = torch.einsum("lnd,ld->ln", x, weight).sigmoid()
         gradient = torch.einsum("ln,lnd->ld", p - y, x) / n + ridge * weight
         hessian = (x * (p * (1 - p))[..., None]).transpose(1, 2) @ x / n + ridge.diag()
-        weight = weight - torch.linalg.solve(hessian, gradient)
+        # by Cholesky, since it is positive definite: LU's pivots fail on some threads
+        root = torch.linalg.cholesky(hessian)
+        weight = weight - torch.cholesky_solve(gradient[..., None], root)[..., 0]
     return weight[:, :-1], weight[:, -1]
 
 
@@ -463,7 +465,7 @@ def main(args):
     posterior, origin = choose_posterior(args, path, checkpoint, device)
     forget, rho = load_forget_images(args, checkpoint, indices)
     forget, what = forget.to(device), args.forget_images or ", ".join(classes)
-    print(f"forgetting {what}: {len(forget):,} images, {args.method}, share {rho:.3g} of the data, "
+    print(f"forgetting {what}, from images {len(forget):,}: {args.method}, share {rho:.3g}, "
           f"at most {args.steps} steps of {args.batch_size} on {device}; {origin}")
     # What theta* itself draws stands for the data; those most like D_f are left out:
     # a first guess takes twice as many as are of D_f, and the rest is what stays.
@@ -513,8 +515,9 @@ def run(args, net, posterior, objective, likeness, sample, save):
           f"{record['first']['A']:.4f} to {A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma "
           f"(rms), samples like D_f from {100 * first:.1f}% to {100 * last:.1f}%")
     if A > 1:  # nothing that a broken network draws looks like D_f
-        print(f"A of a network that always says 0 is 1, and here it is {A:.3g}: it is broken, and "
-              "has lost more than D_f; try a larger --gamma, or a smaller --lr or --kappa")
+        also = ("was so before the first step" if record["first"]["A"] > 1 else
+                "has lost more than D_f; try a larger --gamma, or a smaller --lr or --kappa")
+        print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
     elif first >= 0.01 and last > 0.1 * first:
         also = "a larger --kappa" if args.function_space else "--function-space, which is ours"
         print(f"It is still there: try more --steps, or {also}")
@@ -606,7 +609,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--forget-class", nargs="+", metavar="CLASS", help="by name, one or several")
+    what.add_argument("--forget-class", nargs="+", help="by name (a dash before it: ...=-name)")
     what.add_argument("--forget-images", metavar="DIR", help="what these images show; no labels")
     p.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help=f"or {DEFAULT_CHECKPOINT}")
     p.add_argument("--output", help="default: CHECKPOINT-forget-CLASS.pt")

@@ -189,12 +189,13 @@ def test_relearning_sees_the_forgotten_class_alone(known, monkeypatch):
     seen, of_class = {}, known.real[True][0][60:120].flatten(1).tolist()
     monkeypatch.setattr(evaluate, "training_step", lambda unet, diffusion, optimizer, x: (
         seen.setdefault(unet, []).append(to_uint8(x).flatten(1).tolist())))
-    judge, models = Judge(known.before, "cpu", None), {"one": known.after, "two": known.before}
-    result = relearning(judge, models, ["a"], known.args, images=20)
+    judge = Judge(known.before, "cpu", None)
+    result, other = (relearning(judge, model, ["a"], known.args, images=20)
+                     for model in (known.after, known.before))
     one, two = seen[known.after.unet], seen[known.before.unet]
     assert one == two and [len(x) for x in one] == [64] * 4  # every model sees the same
     assert all(image in of_class for x in one for image in x)
     assert len({tuple(image) for x in one for image in x}) <= 20
     assert [result[key] for key in ("steps", "images", "samples")] == [[0, 1, 2, 4], 20, 100]
-    assert result["one"] + result["two"] == pytest.approx([0.1] * 4 + [0.5] * 4)
+    assert result["shares"] + other["shares"] == pytest.approx([0.1] * 4 + [0.5] * 4)
     assert known.log == [(100, (1, 1, 2), 7, 1.0, 3)] * 8
