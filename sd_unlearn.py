@@ -133,7 +133,7 @@ def run_unlearn(args):
     origin = f"posterior of {posterior.n} checkpoints (of 1: sigma* is guessed)"
     print(f"forgetting {args.concept!r}: images {len(images)}, of {args.size} pixels, moving "
           f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, "
-          f"{args.method}, at most {args.steps} steps on {device}; {origin}")
+          f"{args.method}, steps: at most {args.steps}, on {device}; {origin}")
     # D_f as latents with its prompts; and what theta* draws for others.
     frozen = frozen_copy(unet, posterior)
     forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))

@@ -14,10 +14,10 @@ Writes   checkpoints/mnist.pt: theta* = mu*, posterior (mu*, sigma*), settings, 
 Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f, and mu* and
          sigma* are the mean and standard deviation of each parameter over training
          checkpoints. Here those are the weights along the last part of one run, at a
-         constant learning rate, folded into running sums as they pass. SGD at a
-         constant rate wanders around its optimum, widely where the loss is flat: to
-         first order its distribution is the posterior's (Mandt et al. 2017; SWAG,
-         Maddox et al. 2019).
+         constant learning rate, folded into running sums as they pass. So sigma* says
+         how far training lets each weight wander; it is not the posterior's spread
+         (Mandt et al. 2017 tune SGD's rate to come close to it), and gamma absorbs its
+         scale.
 """
 
 import argparse

@@ -7,7 +7,7 @@ Holds    the derivation, the losses, the objective, the loop; below a rule what 
          beyond the paper; last the command line. The posterior is in train_ddpm.py.
 Reads    a checkpoint of train_ddpm.py (or, where there is none, the model of MNIST that
          ships with the code), or DDPM weights of others; images of what will be
-         forgotten, of a class or in a folder. Never a retained image.
+         forgotten, of a class or in a folder. No retained image is used.
 Writes   a checkpoint, checkpoints/mnist-forget-1.pt, that remembers what it forgot.
 Paper    VDU (arXiv 2510.04058), its method: the two terms, posterior, objective.
 """
@@ -40,7 +40,7 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 #     Divide the second by the first, and all that needs D_r as data is gone:
 #         p(theta | D_r) = Z p(theta | D) / p(D_f | theta),    Z = p(D) / p(D_r).
 #
-# (2) Look for it among Gaussians q(theta) = prod_i N(theta_i, s_i^2):
+# (2) Look for it among Gaussians q of means theta_i and standard deviations s_i:
 #         KL( q || Z p(theta | D) / p(D_f | theta) )
 #           = E_q[ log q(theta) - log p(theta | D) ] + E_q[ log p(D_f | theta) ] - log Z
 #           = KL( q || p(theta | D) )                + E_q[ log p(D_f | theta) ] - log Z
@@ -55,11 +55,13 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 # (4) The second term, at q's mean: E_q[ log p(D_f | theta) ] ~ log p(D_f | theta), that
 #     DDPM bounds, with weights w_t that make each summand a KL divergence:
 #         -log p(x_0 | theta) <= sum_t w_t E || eps - eps_theta(x_t, t) ||^2 + const.
-#     With w_t = 1, as in DDPM's training loss, the sum is the plasticity inducer A; -A
-#     stands for log p(D_f | theta). A itself is neither a bound nor floored, so L is
-#     a surrogate that shares the KL's direction, and without B raising A never ends.
+#     With w_t = 1, as in DDPM's training loss, the sum is the plasticity inducer A, and
+#     -A stands for log p(D_f | theta). To raise an upper bound guarantees nothing about
+#     what it bounds, and -A has no floor: L is a surrogate, and without B it never
+# ends.
 #
-# (5) Their sum, with a factor to balance them (the exact weights: N_f w_t against 1):
+# (5) Their sum, with a factor to balance them (the code's A is the mean over images and
+#     t, for which the exact factor is N_f T w_t):
 #         L(theta) = -(1 - gamma) A + gamma B.
 #
 # The unit in which gamma is measured: A per dimension of an image, B per parameter.
@@ -139,13 +141,13 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
 
     net: any nn.Module; those parameters move that require a gradient, and the posterior
     must be of the same.  objective: called with net, returns (loss, dict of numbers to
-    show); its `unit`, 1 where it has none, divides the loss.  lr: in posterior standard
-    deviations.  adam: its steps in z in place of SGD's.  accumulate: batches per step.
-    check: called after each step with its number, True ends the loop; its `text`, a
-    dict, is shown.  Sets torch's global seed; train or eval mode is the caller's
-    choice. Returns {"steps", "first", "last": the numbers of these steps,
-    "moved_rms_sigma"}. Raises UserError if the posterior is of another network, or if
-    loss or weights become infinite or nan; net is at mu* then."""
+    show); its `unit`, 1 where it has none, divides the loss.  lr: of the steps in z.
+    adam: its steps in z in place of SGD's.  accumulate: batches per step. check: called
+    after each step with its number, True ends the loop; its `text`, a dict, is shown.
+    Sets torch's global seed; train or eval mode is the caller's choice. Returns
+    {"steps", "first", "last": the numbers of these steps, "moved_rms_sigma"}. Raises
+    UserError if the posterior is of another network, or if loss or weights become
+    infinite or nan; net is at mu* then."""
     # The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
     # posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A.
     # (Adam on theta would move each by lr, whatever its sigma*.)
@@ -219,8 +221,8 @@ def guessed_posterior(named_parameters, share=0.02):
 #     for a squared loss whose minimiser eps_theta* is the conditional mean, so that
 #         E_D || eps - eps_theta ||^2 = E_D || eps - eps_theta* ||^2 + F.
 #     To second order F = (theta - theta*)^T G (theta - theta*), G the Gauss-Newton
-#     matrix of the training loss: B with the full covariance of the Laplace posterior
-#     for its diagonal, at the cost of a forward pass. Samples of theta* stand for D.
+#     matrix of the training loss: B with the full covariance of the Laplace posterior,
+#     not its diagonal alone, for a forward pass. Samples of theta* stand for D.
 #     (SISS, ICLR 2025, uses the identity with real data.)
 #
 # (b) At one point x_t, where a share w of the data is D_f, its minimum is
@@ -324,7 +326,7 @@ class FunctionSpaceObjective(PaperObjective):
     kept_context: (M, L, E), their encoded prompts, where the network takes any.
     likeness: w(x_t).  kappa: see (b), 1 is Bayes' rule.  Others: PaperObjective's."""
 
-    FURTHEST = 20.0  # times its old error that an image of D_f is pushed past, at most
+    FURTHEST = 20.0  # the largest push past eps_theta*, in multiples of eps_theta* - eps
 
     def __init__(self, *args, frozen, kept, likeness, rho, kappa, kept_context=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -420,7 +422,7 @@ PAPER = dict(
     lr=0.0083,          # SGD's, in sigma*
     steps=85,
     batch_size=256,     # one gradient of less noise, since few steps are taken
-    t_range=[0.7, 1.0],  # at high noise it is decided which class an image will be
+    t_range=[0.7, 1.0],  # the paper: 0, 1. At high noise the class is decided
     anchors=600,        # samples of theta* that the self-check compares D_f with
     kappa=None,
     until=0.99)         # stop once 99% of what looked like D_f is gone
@@ -466,9 +468,9 @@ def main(args):
     forget, rho = load_forget_images(args, checkpoint, indices)
     forget, what = forget.to(device), args.forget_images or ", ".join(classes)
     print(f"forgetting {what}, from images {len(forget):,}: {args.method}, share {rho:.3g}, "
-          f"at most {args.steps} steps of {args.batch_size} on {device}; {origin}")
-    # What theta* itself draws stands for the data; those most like D_f are left out:
-    # a first guess takes twice as many as are of D_f, and the rest is what stays.
+          f"steps: at most {args.steps}, of {args.batch_size}, on {device}; {origin}")
+    # What theta* itself draws stands for the data. The share 2 rho (at most 0.6) that
+    # is most like D_f is left out, as a first guess; the rest is what stays.
     parent, shape = digest(unet.state_dict().values()), tuple(forget.shape[1:])
     torch.manual_seed(args.seed)
     frozen = frozen_copy(unet, posterior)
@@ -570,8 +572,7 @@ def choose_posterior(args, path, checkpoint, device):
 
 def load_forget_images(args, checkpoint, indices):
     """D_f as (N, C, H, W) in [-1, 1], and rho, its share of the training set.
-    Files of other classes stay shut. rho is counted where that can be, or it is
-    --share."""
+    Other classes' files stay shut. rho: --share, else counted, else 0.1."""
     generator = torch.Generator().manual_seed(args.seed)
     shuffled = lambda x: x[torch.randperm(len(x), generator=generator)]
     if args.forget_images:
