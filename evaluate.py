@@ -184,7 +184,7 @@ def get_classifier(checkpoint, images, labels, test_images, test_labels, device)
         test_images, test_labels = images[held_out], labels[held_out]
         images, labels = images[~held_out], labels[~held_out]
     if len(images) < 8:
-        raise UserError(f"no classifier can learn from {len(images)} images: it needs more of them")
+        raise UserError(f"a classifier needs at least 8 images to learn from, not {len(images)}")
     train_classifier(classifier, images, labels, device)
     predicted = features_and_probabilities(classifier.eval(), test_images, device)[1].argmax(1)
     accuracy = (predicted == test_labels).float().mean().item()

@@ -267,7 +267,7 @@ def settle(args):
     settings = {**vars(args), "output": output}
     if args.resume:
         saved = read_file(output)
-        if not isinstance(saved, dict) or "train" not in saved:
+        if not isinstance(saved, dict) or not {"train", "settings", "data", "step"} <= set(saved):
             raise UserError(f"{output} is no interrupted run: there is nothing to resume")
         typed = {k: v for k, v in vars(args).items() if v != parser().get_default(k)}
         heard = ("data_root", "save_every", "device", "overwrite", "resume", "output")
@@ -275,7 +275,7 @@ def settle(args):
         unheard = [f"--{k.replace('_', '-')} {v}" for k, v in typed.items() if settings[k] != v]
         if unheard:
             print(f"continuing with the settings in {output}, not with {' '.join(unheard)}")
-    return settings, saved
+    return {**settings, "output": output}, saved  # where it lies now, not where it began
 
 
 def main(args):
@@ -286,7 +286,7 @@ def main(args):
     if os.path.exists(output) and not args.overwrite and not args.resume:
         raise UserError(f"{output} exists already: --resume continues it, --overwrite replaces it")
     check_outputs([output], True, (".pt", ".pth", ".ckpt"))
-    check_outputs([grid], args.overwrite)
+    check_outputs([grid], settings["overwrite"])
     # The images, less --exclude-class. A run that began on the shipped ones stays.
     shipped = saved is not None and saved["data"]["source"] == MNIST_5K.name
     own, size = settings["dataset"] == "folder", settings["image_size"]

@@ -329,11 +329,13 @@ def test_interrupted_training_resumes_to_the_same_result(colours, monkeypatch):
         assert f"saved step {step} of 44" in said and load(colours / "stopped.pt")["step"] == step
         refused(f"{COLOURS} --output stopped.pt", colours, "--resume", "--overwrite")
     assert re.search(r"with the settings in stopped.pt, not with --lr 5(.0)? --seed 1\n", said)
-    assert "not with" not in command("train_ddpm.py --resume --output stopped.pt", colours)
-    whole, resumed = load(colours / "checkpoints/images.pt"), load(colours / "stopped.pt")
+    (colours / "stopped.pt").rename(colours / "moved.pt")  # it goes on where it lies now
+    assert "not with" not in command("train_ddpm.py --resume --output moved.pt", colours)
+    assert not (colours / "stopped.pt").exists()
+    whole, resumed = load(colours / "checkpoints/images.pt"), load(colours / "moved.pt")
     assert same(whole["weights"], resumed["weights"]) and whole["losses"] == resumed["losses"]
     assert same(whole["posterior"]["std"], resumed["posterior"]["std"])
-    assert "train" not in resumed and (colours / "stopped.png").exists()
+    assert "train" not in resumed and (colours / "moved.png").exists()
 
 
 def test_a_folder_of_images_from_training_to_the_report(colours):

@@ -93,7 +93,7 @@ def test_a_classifier_learns_once_and_is_tested_on_the_unseen(tmp_path, monkeypa
     assert torch.equal(again[0](to_float(images)), made[0](to_float(images)))
     accuracy = get_classifier(model, images, labels, images, 1 - labels, "cpu")[1]  # a test part
     assert accuracy == 0 and len(seen[1]) == 60
-    with pytest.raises(UserError, match="no classifier can learn from 5 images"):
+    with pytest.raises(UserError, match="at least 8 images to learn from, not 5"):
         get_classifier(model, images[:7], labels[:7], None, None, "cpu")
 
 

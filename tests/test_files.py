@@ -268,3 +268,20 @@ def test_damaged_mnist_is_said_to_be_damaged(tmp_path):
             (folder / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\1\0\0\x27\x10" + labels)
         with pytest.raises(UserError, match="mnist .* is damaged .*MNIST/raw"):
             load_dataset("mnist", tmp_path)
+
+
+def test_mnists_files_with_a_dot_are_read(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, kind, shape in (("images.idx3", 2051, (10, 28, 28)), ("labels.idx1", 2049, (10,))):
+        numbers = bytes(i % 10 for i in range(int(np.prod(shape))))
+        (raw / f"train-{name}-ubyte").write_bytes(struct.pack(f">{1 + len(shape)}i", kind, *shape)
+                                                  + numbers)
+    images, labels, _ = load_dataset("mnist", tmp_path)
+    assert images.shape == (10, 1, 28, 28) and labels.tolist() == list(range(10))
+
+
+def test_one_shard_of_several_is_called_one(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "model-00001-of-00002.bin")
+    with pytest.raises(UserError, match="one shard of several"):
+        ddpm.load_checkpoint(tmp_path / "model-00001-of-00002.bin")

@@ -104,7 +104,8 @@ def test_a_run_on_the_shipped_images_resumes_on_them(monkeypatch, tmp_path):
     args = train_ddpm.parser().parse_args(["--resume", "--output", str(tmp_path / "x.pt")])
     for source, root in ((train_ddpm.MNIST_5K.name, train_ddpm.MNIST_5K), ("torchvision", "there")):
         settings = {**vars(args), "data_root": "there"}
-        torch.save({"train": {}, "settings": settings, "data": {"source": source}}, args.output)
+        torch.save({"train": {}, "step": 1, "settings": settings, "data": {"source": source}},
+                   args.output)
         with pytest.raises(EOFError):
             train_ddpm.main(args)
         assert load.call_args.args == ("mnist", root)
