@@ -557,8 +557,7 @@ def first_line(error):
 
 
 def run_command_line(main):
-    """Call main(). What the user can put right ends in one line and code 2, Ctrl-C in
-    130."""
+    """Call main(). What the user can mend: one line and code 2. Ctrl-C: code 130."""
     for stream in (sys.stdout, sys.stderr):  # a class may have a name that a terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -234,19 +234,21 @@ class Judge:
         return result
 
 
+def draw(model, n, args, progress=False):
+    """n samples of a Checkpoint's model, uint8: the same noise for every model."""
+    return to_uint8(model.diffusion.sample(model.unet, n, model.config["image_shape"],
+                                           args.sampling_steps, 1.0, args.seed, progress=progress))
+
+
 def compare(judge, after, names, args):
     """(report, samples) of the models before and after; names: forgotten classes."""
     parent, classes = judge.checkpoint, after.data["classes"]
     key = tuple(classes.index(name) for name in names)
-
-    def draw(model):  # the same noise for every model
-        print(f"sampling from {model.path}")
-        return to_uint8(model.diffusion.sample(
-            model.unet, args.samples, model.config["image_shape"], args.sampling_steps, 1.0,
-            args.seed, progress=True))
-
-    judge.samples = draw(parent) if judge.samples is None else judge.samples
-    samples = {"before": judge.samples, "after": draw(after)}
+    if judge.samples is None:
+        print(f"sampling from {parent.path}")
+        judge.samples = draw(parent, args.samples, args, progress=True)
+    print(f"sampling from {after.path}")
+    samples = {"before": judge.samples, "after": draw(after, args.samples, args, progress=True)}
     if key not in judge.before:
         judge.before[key] = judge.measure(judge.samples, key, parent, args.bits)
     a, b = judge.before[key], judge.measure(samples["after"], key, after, args.bits)
@@ -304,9 +306,7 @@ def relearning(judge, model, names, args, images=100, lr=2e-4):
     torch.manual_seed(args.seed)
     for step in tqdm(range(marks[-1] + 1), desc="relearning", unit="step"):
         if step in marks:
-            drawn = model.diffusion.sample(model.unet, n, tuple(x.shape[1:]), args.sampling_steps,
-                                           1.0, args.seed)
-            _, p = features_and_probabilities(judge.classifier, to_uint8(drawn), judge.device)
+            _, p = features_and_probabilities(judge.classifier, draw(model, n, args), judge.device)
             shares.append(torch.isin(p.argmax(1), forgotten).float().mean().item())
         if step < marks[-1]:
             batch = x[torch.randint(len(x), (64,)).to(x.device)]
@@ -371,8 +371,7 @@ def main(args):
         # Count the classes that are named, else those it was told to forget.
         classes = after.data["classes"]
         named = [classes[i] for i in class_indices(args.forget_class or [], classes)]
-        told = after.forgotten or {"classes": after.data["excluded"]}
-        forgotten = named or told["classes"]
+        forgotten = named or (after.forgotten or {"classes": after.data["excluded"]})["classes"]
         if not forgotten or len(forgotten) >= len(classes) - len(before.data["excluded"]):
             raise UserError("say with --forget-class what to count, and leave at least one class")
         if before.path not in judges:

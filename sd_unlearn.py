@@ -74,7 +74,7 @@ class StableDiffusion(namedtuple("_", "unet autoencoder text_encoder tokenizer d
 
 PAPER = dict(
     gamma=0.0002, lr=0.03, steps=200, batch_size=4,
-    accumulate=1,        # batches per step
+    accumulate=1, adam=True,  # batches per step; Adam's steps
     t_range=[0.2, 0.7],
     anchors=48,          # images of other prompts, drawn by theta*
     kappa=None, until=0.99,
@@ -207,7 +207,7 @@ def run_sample(args):
         for prompt in args.prompt:
             print(f"{checkpoint}: {prompt}")
             z = sample_latents(model, prompt, args.n, args.size, args.sampling_steps,
-                               args.guidance, args.seed, args.batch_size or 4, progress=True)
+                               args.guidance, args.seed, args.batch_size, progress=True)
             rows.append(model.autoencoder.to_images(z.to(device)))  # (n, 3, H, W)
         blocks.append(torch.stack(rows))
         del model  # before the next is read: one copy of the weights at a time
@@ -557,8 +557,8 @@ def parser():
     commands = p.add_subparsers(dest="command", required=True)
     sample = commands.add_parser("sample", help="draw images for one or several prompts")
     gone = commands.add_parser("unlearn", help="make the model forget a feature")
-    for c, run in ((sample, run_sample), (gone, run_unlearn)):
-        c.set_defaults(run=run)
+    for c, command in ((sample, run_sample), (gone, run_unlearn)):
+        c.set_defaults(run=command)
         c.add_argument("--checkpoint", required=True, nargs="+" if c is sample else None)
         c.add_argument("--merges", required=True, help="CLIP's merges.txt, or its .txt.gz")
         c.add_argument("--size", type=number(int, 1), default=512, help="pixels (default: 512)")

@@ -107,7 +107,15 @@ class GaussianPosterior:
 
     def __init__(self, mean=None, std=None, n=0):
         self.mean, self.n, self.m2 = mean, n, None
-        self.std = std and {k: s.clamp(min=SIGMA_FLOOR) for k, s in std.items()}
+        self._std = std and {k: s.clamp(min=SIGMA_FLOOR) for k, s in std.items()}
+
+    @property
+    def std(self):
+        """sigma*, derived from the sums when it is wanted; None of fewer than two."""
+        if self._std is None and self.n > 1:
+            self._std = {k: (m2 / (self.n - 1)).sqrt().clamp(min=SIGMA_FLOOR)
+                         for k, m2 in self.m2.items()}
+        return self._std
 
     @torch.no_grad()
     def update(self, parameters):
@@ -119,14 +127,11 @@ class GaussianPosterior:
             self.mean = {k: v + (self.mean[k] if self.n else 0) for k, v in zeros.items()}
             self.m2 = {k: v + (self.std[k] ** 2 * (self.n - 1) if self.std else 0)
                        for k, v in zeros.items()}
-        self.n += 1
+        self.n, self._std = self.n + 1, None
         for k, p in parameters.items():
             deviation = p - self.mean[k]  # from the old mean
             self.mean[k] += deviation / self.n
             self.m2[k] += deviation * (p - self.mean[k])  # times that from the new one
-        if self.n > 1:
-            self.std = {k: (m2 / (self.n - 1)).sqrt().clamp(min=SIGMA_FLOOR)
-                        for k, m2 in self.m2.items()}
 
     @classmethod
     def from_checkpoints(cls, paths, parameters, read=lambda path: state_dict_of(read_file(path))):
@@ -270,12 +275,13 @@ def settle(args):
         if not isinstance(saved, dict) or not {"train", "settings", "data", "step"} <= set(saved):
             raise UserError(f"{output} is no interrupted run: there is nothing to resume")
         typed = {k: v for k, v in vars(args).items() if v != parser().get_default(k)}
-        heard = ("data_root", "save_every", "device", "overwrite", "resume", "output")
-        settings |= {k: v for k, v in saved["settings"].items() if k not in typed or k not in heard}
+        heard = ("data_root", "save_every", "device", "overwrite", "resume")
+        there = {**saved["settings"], "output": output}  # where it lies now, not where it began
+        settings |= {k: v for k, v in there.items() if k not in typed or k not in heard}
         unheard = [f"--{k.replace('_', '-')} {v}" for k, v in typed.items() if settings[k] != v]
         if unheard:
             print(f"continuing with the settings in {output}, not with {' '.join(unheard)}")
-    return {**settings, "output": output}, saved  # where it lies now, not where it began
+    return settings, saved
 
 
 def main(args):

@@ -424,7 +424,7 @@ PAPER = dict(
     batch_size=256,     # one gradient of less noise, since few steps are taken
     t_range=[0.7, 1.0],  # the paper: 0, 1. At high noise the class is decided
     anchors=600,        # samples of theta* that the self-check compares D_f with
-    kappa=None,
+    kappa=None, adam=False, accumulate=1,
     until=0.99)         # stop once 99% of what looked like D_f is gone
 FUNCTION_SPACE = dict(
     gamma=0.0,          # B has no part in it
@@ -433,7 +433,7 @@ FUNCTION_SPACE = dict(
     batch_size=64,      # of D_f, and as many of theta*'s samples
     t_range=[0.3, 1.0],
     anchors=2000,       # stand for the data that nobody has
-    kappa=5.0,          # Bayes' rule says 1; 5 gets there in these steps
+    kappa=5.0, adam=True, accumulate=1,  # Bayes' rule says 1; 5 gets there in these steps
     until=0.0)          # go on to the end: what was harmed on the way heals by then
 
 
@@ -507,9 +507,8 @@ def run(args, net, posterior, objective, likeness, sample, save):
     began = time.time()
     with StopRequest() as stop:
         check = ForgottenCheck(sample, likeness, args.steps, args.until, stop)
-        adam = args.function_space or "concept" in args
-        record = unlearn(net, posterior, objective, args.lr, args.steps, adam,
-                         getattr(args, "accumulate", 1), args.seed, check, progress=True)
+        record = unlearn(net, posterior, objective, args.lr, args.steps, args.adam,
+                         args.accumulate, args.seed, check, progress=True)
         save({**record, "like_D_f": check.history})
     A, (_, first), (_, last) = record["last"]["A"], check.history[0], check.history[-1]
     print(f"{'interrupted, and saved as it stood' if stop.requested else 'done'} after "
@@ -544,8 +543,7 @@ def choose_output(args, path, checkpoint, classes):
 
 def choose_posterior(args, path, checkpoint, device):
     """(the posterior given, kept or guessed, in words where it comes from).
-    Raises UserError for files that are no samples of p(theta | D), or of another model.
-    """
+    Raises UserError for files that are no samples of p(theta | D), or of others."""
     def snapshot(file):  # the weights at one moment of a training
         moment = load_checkpoint(file)
         same = all(moment.config[k] == checkpoint.config[k] for k in ("schedule", "velocity"))
@@ -578,8 +576,7 @@ def load_forget_images(args, checkpoint, indices):
     if args.forget_images:
         images = shuffled(load_images(args.forget_images, checkpoint.config["image_shape"]))
         return to_float(images[: args.forget_samples]), args.share or 0.1
-    images, labels = load_data_of(checkpoint, args.data_root, only=indices)
-    data = checkpoint.data
+    (images, labels), data = load_data_of(checkpoint, args.data_root, only=indices), checkpoint.data
     n = sum(data["counts"][i] for i in indices) if "counts" in data else len(images)
     chosen = torch.cat([shuffled((labels == i).nonzero().flatten())[: args.forget_samples]
                         for i in indices])
@@ -610,9 +607,9 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--forget-class", nargs="+", help="by name (a dash before it: ...=-name)")
+    what.add_argument("--forget-class", nargs="+", help="by name; -a as --forget-class=-a")
     what.add_argument("--forget-images", metavar="DIR", help="what these images show; no labels")
-    p.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help=f"or {DEFAULT_CHECKPOINT}")
+    p.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="default: checkpoints/mnist.pt")
     p.add_argument("--output", help="default: CHECKPOINT-forget-CLASS.pt")
     p.add_argument("--forget-samples", type=number(int, 1), help="images per class (default: all)")
     p.add_argument("--data-root", help="folder of the dataset (default: as in training)")
