@@ -2,9 +2,10 @@
 all off the network; and start what takes longest early."""
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,58 +19,31 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+PROGRAMS = ["vdu.py --forget-class 1 --function-space --anchors 150 --steps 40 --kappa 6",
+            "vdu.py --forget-class 1 --anchors 20 --steps 25 --batch-size 64 --output two.pt"]
 
 
 def pytest_collection_modifyitems(items):
     """Last what waits for the programs that run beside."""
-    items.sort(key=lambda item: "shipped" in item.fixturenames)
-
-
-class Beside:
-    """Programs that run one after the other on another core, beside the first tests;
-    each has a folder and a future of its outputs."""
-
-    def __init__(self):
-        self.pool, self.running = ThreadPoolExecutor(1), None
-
-    def start(self, folder, *command_lines):
-        return folder, self.pool.submit(self.run, folder, command_lines)
-
-    def run(self, folder, command_lines):
-        outputs = []
-        for args in command_lines:
-            self.running = subprocess.Popen([sys.executable, *map(str, args)], cwd=folder,
-                                            text=True, stdout=subprocess.PIPE,
-                                            stderr=subprocess.PIPE)
-            out, err = self.running.communicate()
-            assert self.running.returncode == 0, err
-            outputs.append(out)
-        return outputs
-
-    def stop(self):
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        if self.running is not None:
-            self.running.kill()
+    items.sort(key=lambda item: "shipped_model" in item.name)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def beside(request, tmp_path_factory):
-    """{name: (folder, future)} of the programs that the tests about to run will ask
-    for."""
-    tiny = ROOT / "tests" / "sd_tiny.py"
-    programs = {
-        "tiny": [(tiny, "."), *(
-            (tiny, "unlearn", "--checkpoint", "tiny.ckpt", "--merges", "merges.txt", "--size", 16,
-             "--device", "cpu", "--concept", shape, "--images", f"{shape}s", "--output",
-             f"no-{shape}.ckpt", "--function-space") for shape in ("circle", "square"))],
-        "shipped": [
-            (ROOT / "vdu.py", "--forget-class", 1, "--function-space", "--anchors", 150, "--steps",
-             40, "--kappa", 6),
-            (ROOT / "vdu.py", "--forget-class", 1, "--anchors", 20, "--steps", 25, "--batch-size",
-             64, "--output", "two-terms.pt")],
-    }
-    asked = {name for item in request.session.items for name in item.fixturenames}
-    programs_beside = Beside()
-    yield {name: programs_beside.start(tmp_path_factory.mktemp(name), *lines)
-           for name, lines in programs.items() if name in asked}
-    programs_beside.stop()
+def shipped(request, tmp_path_factory):
+    """Run the programs, if they are asked for, one after the other on another core.
+    Returns a function: their folder and what each printed, once all have ended."""
+    folder, start = tmp_path_factory.mktemp("shipped"), [sys.executable, str(ROOT) + "/"]
+    script = "".join(f"{shlex.join(start)}{line} > {i}.txt 2>&1 || exit\n"
+                     for i, line in enumerate(PROGRAMS))
+    asked = any("shipped_model" in item.name for item in request.session.items)
+    shell = subprocess.Popen(["sh", "-c", script * asked], cwd=folder, start_new_session=True)
+
+    def outputs():
+        code = shell.wait(timeout=400)
+        printed = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+        assert code == 0, printed[-1]
+        return folder, printed
+
+    yield outputs
+    if shell.poll() is None:
+        os.killpg(shell.pid, signal.SIGKILL)

@@ -44,9 +44,8 @@ def test_alpha_bar_is_the_variance_of_composed_steps(schedule):
 
 
 def test_the_schedules_are_those_of_their_papers():
-    """Cosine: abar_t = f(t) / f(0), f(t) = cos^2((t/T + 0.008) / 1.008 pi/2)."""
-    d, T = Diffusion("cosine", 1000), 1000
-    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 1, 500, 900)]
+    d = Diffusion("cosine", 1000)  # abar_t = f(t) / f(0)
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 1, 500, 900)]
     assert d.alpha_bar[[0, 499, 899]].tolist() == pytest.approx([x / f[0] for x in f[1:]], rel=1e-4)
     assert d.beta.max().item() == pytest.approx(0.999)
     d = Diffusion("linear", 1000)
@@ -89,7 +88,7 @@ def test_the_loss_is_one_for_silence_and_zero_for_the_truth_from_which_x0_follow
     assert torch.allclose(d.predict_x0(d.q_sample(x0, t, eps), t, eps), x0, atol=1e-4)
 
 
-def test_clipping_keeps_x0_in_its_box_and_eta_0_adds_no_noise():
+def test_the_last_step_is_x0_clipped_to_its_box_and_eta_0_adds_no_noise():
     d = Diffusion("linear", 1000)
     t, xt, z = torch.tensor([400]), torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
     silent, gone = lambda x, t: torch.zeros_like(x), torch.tensor([-1])
@@ -99,16 +98,7 @@ def test_clipping_keeps_x0_in_its_box_and_eta_0_adds_no_noise():
     assert torch.equal(d.step(silent, xt, t, t - 1, z), d.step(silent, xt, t, t - 1, -z))
 
 
-def test_the_last_step_is_the_predicted_image():
-    d = Diffusion("linear", 100)
-    xt = 0.1 * torch.randn(3, 1, 4, 4)
-    oracle, t = exact(d, 0.0, 0.3), torch.zeros(3, dtype=torch.long)
-    x0 = d.predict_x0(xt, t, oracle(xt, t))
-    for eta in (0, 1):
-        assert torch.allclose(d.step(oracle, xt, t, t - 1, xt, eta), x0, atol=1e-5)
-
-
-@pytest.mark.parametrize("steps,eta", [(None, 1.0), (50, 0.0), (200, 1.0)])
+@pytest.mark.parametrize("steps,eta", [(None, 1.0), (50, 0.0)])
 def test_samplers_reach_the_data_distribution(steps, eta):
     """With the exact eps_theta of N(0.2, 0.3^2), samples have that mean and spread."""
     d = Diffusion("linear", 200)
@@ -191,23 +181,12 @@ def test_sampling_takes_the_steps_of_step(eta):
     assert torch.allclose(x, d.sample(oracle, 2, (1, 4, 4), steps=3, eta=eta, seed=3), atol=1e-5)
 
 
-def test_a_networks_samples_do_not_depend_on_the_batch_size():
-    d = Diffusion("cosine", 100)
-    torch.manual_seed(0)
-    unet = UNet(model_channels=32, channel_mult=(1, 2), patch_size=2, alpha_bar=d.alpha_bar)
-    torch.nn.init.normal_(unet.out[2].weight, std=0.05)
-    a, b = (d.sample(unet.eval(), 9, (1, 28, 28), steps=4, batch_size=n) for n in (9, 2))
-    assert (a - b).abs().max() < 1 / 255  # not one grey level
-
-
 def test_what_cannot_be_sampled_is_refused():
-    d = Diffusion("linear", 20)
-    for steps in (0, 21):
-        with pytest.raises(UserError, match="from 1 to 20"):
-            d.sample(None, 1, (1, 4, 4), steps=steps)
-    for clip in (True, False):  # such samples are like no class at all, and count as forgotten
-        with pytest.raises(UserError, match="not finite"):
-            d.sample(lambda x, t: x + float("nan"), 2, (1, 4, 4), steps=3, clip=clip)
+    nan = lambda x, t: x + float("nan")  # which is like no class, and would count as forgotten
+    for steps, word in ((0, "from 1 to 20"), (21, "from 1 to 20"), (3, "not finite")):
+        for clip in (True, False):
+            with pytest.raises(UserError, match=word):
+                Diffusion("linear", 20).sample(nan, 2, (1, 4, 4), steps=steps, clip=clip)
 
 
 # --- the network ----------------------------------------------------------------------
@@ -222,7 +201,10 @@ def test_unet_takes_any_size(size, patch_size):
     assert unet(x, torch.tensor([0, 999])).shape == x.shape
 
 
-def test_unet_starts_at_zero_and_the_velocity_form_at_its_closed_form():
+def test_unet_starts_at_zero_the_velocity_form_at_its_closed_form_and_t_is_embedded_as_in_ddpm():
+    emb, w = timestep_embedding(torch.tensor([0, 7]), 8), 10_000 ** (-1 / 4)
+    assert torch.equal(emb[0], torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
+    assert emb[1, [1, 5]].tolist() == pytest.approx([math.cos(7 * w), math.sin(7 * w)], abs=1e-6)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([100, 800])
     assert UNet(model_channels=16)(x, t).abs().max() == 0
     d = Diffusion("cosine", 1000)
@@ -232,12 +214,6 @@ def test_unet_starts_at_zero_and_the_velocity_form_at_its_closed_form():
     unet.out[2].bias.data += 3.0  # v = 3
     assert torch.allclose(unet(x, t), root * x + 3 * (1 - root**2).sqrt(), atol=1e-4)
     assert "alpha_bar" not in unet.state_dict()  # which belongs to the schedule
-
-
-def test_timestep_embedding_is_ddpms():
-    emb, w = timestep_embedding(torch.tensor([0, 7]), 8), 10_000 ** (-1 / 4)
-    assert torch.equal(emb[0], torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
-    assert emb[1, [1, 5]].tolist() == pytest.approx([math.cos(7 * w), math.sin(7 * w)], abs=1e-6)
 
 
 # --- weights that others published ----------------------------------------------------
@@ -262,13 +238,12 @@ def test_published_networks_give_the_originals_outputs(layout, tmp_path):
 
 
 def test_the_newer_spelling_of_attention_and_trainers_wrappers_are_the_same_network():
-    old, new = PUBLISHED["diffusers"]["state_dict"], {}
-    for k, v in old.items():
-        for a, b in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
-                     (".proj_attn.", ".to_out.0.")):
-            k = k.replace(a, b)
-        new[f"module.{k}"] = v
-    assert {k[7:] for k in new} != set(old)
+    old = PUBLISHED["diffusers"]["state_dict"]
+    text = "\n".join(old)
+    for a, b in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        assert f".{a}." in text
+        text = text.replace(f".{a}.", f".{b}.")
+    new = {f"module.{k}": v for k, v in zip(text.split("\n"), old.values())}
     a, b = ddpm.from_published(old, "x"), ddpm.from_published({"state_dict": new}, "x")
     assert a["config"] == b["config"] and a["weights"].keys() == b["weights"].keys()
     assert all(torch.equal(v, b["weights"][k]) for k, v in a["weights"].items())
@@ -316,15 +291,11 @@ def test_diffusers_config_says_what_no_tensor_does(tmp_path, capsys):
         checkpoint = ddpm.load_checkpoint(path)
         assert (checkpoint.unet(x, t) - output).abs().max() < 2e-5
         assert checkpoint.config["image_shape"] == (3, 8, 8)
-    for key, value in (("act_fn", "gelu"), ("freq_shift", 1), ("downsample_padding", 2),
-                       ("sample_size", [8, 16]), ("num_class_embeds", 10), ("", None)):
+    for key, value in (("act_fn", "gelu"), ("sample_size", [8, 16]), ("num_class_embeds", 10),
+                       ("", None)):
         change = {**config, key: value} if key else []  # a list at the top
         (tmp_path / "config.json").write_text(json.dumps(change))
         with pytest.raises(UserError, match=f"config.json.*{key}"):
             ddpm.load_checkpoint(path)
-
-
-def test_a_file_of_another_model_says_so():
-    with pytest.raises(UserError, match="sd_unlearn.py"):
+    with pytest.raises(UserError, match="sd_unlearn.py"):  # of another kind of model
         ddpm.from_published({"state_dict": {"model.diffusion_model.x": torch.zeros(1)}}, "x")
-    assert ddpm.from_published({"state_dict": torch.zeros(1)}, "x") is None

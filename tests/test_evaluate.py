@@ -10,7 +10,7 @@ import torch
 import evaluate
 from ddpm import UserError
 from evaluate import (Judge, compare, drift, drift_of_noise, frechet_distance, get_classifier,
-                      jitter, percentage_of_unlearning, print_table, relearning, worst_kept)
+                      percentage_of_unlearning, print_table, relearning, worst_kept)
 from train_ddpm import to_float, to_uint8
 
 
@@ -26,15 +26,6 @@ def test_frechet_distance_is_its_closed_form():
     root = torch.linalg.eigvals(a @ a.T @ b @ b.T).real.clamp(min=0).sqrt().sum()
     expected = (a.square().sum() + b.square().sum() - 2 * root).item()  # of those that do not
     assert frechet_distance(x @ a.T, x @ b.T) == pytest.approx(expected, rel=1e-8)
-
-
-def test_frechet_distance_of_equal_sets_is_zero_and_it_is_symmetric():
-    torch.manual_seed(0)
-    x, y = torch.randn(300, 8) * 3 + 1, torch.randn(200, 8)
-    q = torch.linalg.qr(torch.randn(8, 8))[0]
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
-    assert frechet_distance(x @ q, y @ q) == pytest.approx(frechet_distance(x, y), rel=1e-4)
 
 
 def test_frechet_distance_of_singular_covariances():
@@ -66,17 +57,6 @@ def test_drift_of_noise_is_that_of_two_sets_of_one_model():
     sets = torch.distributions.Multinomial(2000, shares).sample((400, 2)).int().tolist()
     mean = sum(drift(a, b, [0]) for a, b in sets) / 400
     assert mean == pytest.approx(drift_of_noise(sets[0][0], [0]), rel=0.1)
-
-
-def test_jitter_mirrors_half_and_shifts_by_up_to_4_pixels():
-    torch.manual_seed(0)
-    x, found = torch.arange(60 * 3 * 8 * 12).view(60, 3, 8, 12).float(), []
-    for a, b in zip(x, jitter(x)):
-        padded = torch.nn.functional.pad(torch.stack([a, a.flip(2)]), (4,) * 4, mode="reflect")
-        found += [(i, dy, dx) for i in range(2) for dy in range(9) for dx in range(9)
-                  if torch.equal(padded[i, :, dy : dy + 8, dx : dx + 12], b)]
-    assert len(found) == 60 and 20 < sum(i for i, _, _ in found) < 40
-    assert [len(set(values)) for values in zip(*found)] == [2, 9, 9] and len(set(found)) > 30
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -11,13 +11,8 @@ from conftest import ROOT
 from test_command_lines import command, past, report_of
 
 
-@pytest.fixture
-def shipped(beside):
-    return beside["shipped"]  # conftest.py types the first two commands
-
-
 def test_the_shipped_model_forgets_a_digit(shipped):
-    folder, (function_space, two_terms) = shipped[0], shipped[1].result(timeout=400)
+    folder, (function_space, two_terms) = shipped()  # conftest.py types these two commands
     assert "ships with the code" in function_space and "still there" not in function_space
     assert "still there" in two_terms
     record = past(folder / "checkpoints/mnist-forget-1.pt")
@@ -25,10 +20,10 @@ def test_the_shipped_model_forgets_a_digit(shipped):
     assert record["like_D_f"][0][1] > 0.05 > 0.01 > record["like_D_f"][-1][1]
     for classifier in folder.parent.glob("run*/checkpoints/classifier-mnist-*"):
         shutil.copy(classifier, folder / "checkpoints")  # trained on the same images
-    command("evaluate.py --after checkpoints/mnist-forget-1.pt two-terms.pt --samples 300 "
+    command("evaluate.py --after checkpoints/mnist-forget-1.pt two.pt --samples 300 "
             "--sampling-steps 10 --bits 10", folder)
     space, terms = (report_of(folder / f"results/{name}")
-                    for name in ("mnist-forget-1", "two-terms"))
+                    for name in ("mnist-forget-1", "two"))
     assert space["PUL"] >= 90 and space["drift"] <= 0.15 and space["recognisable"]
     assert terms["after"]["forgotten_count"] < terms["before"]["forgotten_count"]
     assert space["after"]["bits_forgotten"] > space["before"]["bits_forgotten"]

@@ -1,7 +1,6 @@
 """Training: the learning rate, the gradient's bound, the posterior; resuming."""
 
 import math
-import signal
 from unittest.mock import Mock
 
 import pytest
@@ -25,29 +24,22 @@ def test_the_learning_rate_warms_up_falls_to_a_tenth_and_stays():
     assert [rates[99], rates[600], *rates[750:]] == pytest.approx(expected)
 
 
-def run(path, flip=True, saved=None, ctrl_c=None):
-    """train() in 40 steps: (UNet, what each step saw, its weights, its rate)."""
-    passed = []
+def test_the_posterior_is_that_of_the_trained_weights(tmp_path, monkeypatch):
+    """Mean and deviation of the weights after every fifth step of the last quarter."""
+    seen, weights, rates = [], [], []
 
     def step(unet, diffusion, optimizer, x0):
-        if len(passed) == ctrl_c:
-            signal.raise_signal(signal.SIGINT)
         loss = ddpm.training_step(unet, diffusion, optimizer, x0)
-        weights = {k: p.detach().clone() for k, p in unet.named_parameters()}
-        passed.append((x0, weights, optimizer.param_groups[0]["lr"]))
+        weights.append({k: p.detach().clone() for k, p in unet.named_parameters()})
+        seen.append(x0)
+        rates.append(optimizer.param_groups[0]["lr"])
         return loss
 
-    settings = dict(output=path, steps=40, seed=3, batch_size=4, lr=1e-3, flip=flip, save_every=99)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_ddpm, "training_step", step)
-        unet, _ = train_ddpm.train(settings, CONFIG, IMAGES, {}, torch.device("cpu"), saved)
-    return unet, *zip(*passed)
-
-
-def test_the_posterior_is_that_of_the_trained_weights(tmp_path):
-    """Mean and deviation of the weights after every fifth step of the last quarter."""
-    unet, seen, weights, rates = run(tmp_path / "x.pt", flip=False)
-    assert list(rates) == [learning_rate(step, 40, 1e-3) for step in range(40)]
+    monkeypatch.setattr(train_ddpm, "training_step", step)
+    settings = dict(output=tmp_path / "x.pt", steps=40, seed=3, batch_size=4, lr=1e-3, flip=False,
+                    save_every=99)
+    unet, _ = train_ddpm.train(settings, CONFIG, IMAGES, {}, torch.device("cpu"), None)
+    assert rates == [learning_rate(step, 40, 1e-3) for step in range(40)]
     for step, x0 in enumerate(seen):
         assert torch.equal(x0, to_float(IMAGES[batch_indices(step, 20, 4, 3)]))
     raw = ddpm.read_file(tmp_path / "x.pt")
@@ -60,18 +52,14 @@ def test_the_posterior_is_that_of_the_trained_weights(tmp_path):
         assert torch.equal(theta, mean[k]) and torch.equal(theta, raw["weights"][k])
 
 
-@pytest.mark.parametrize("step", [12, 30, 36])  # before, at and within the posterior's quarter
-def test_an_interrupted_run_continues_to_the_same_result(tmp_path, step):
-    run(tmp_path / "whole.pt")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "x.pt", ctrl_c=step)
-    saved = ddpm.read_file(tmp_path / "x.pt")
-    assert saved["step"] == step + 1 and (saved["posterior"] is None) == (step < 35)
-    run(tmp_path / "x.pt", saved=saved)
-    a, b = (ddpm.read_file(tmp_path / name) for name in ("whole.pt", "x.pt"))
-    assert a["losses"] == b["losses"]
-    for x, y in ((a["weights"], b["weights"]), (a["posterior"]["std"], b["posterior"]["std"])):
-        assert all(torch.equal(v, y[k]) for k, v in x.items())
+def test_a_run_on_the_shipped_images_resumes_on_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_ddpm, "load_dataset", load := Mock(side_effect=EOFError))
+    args = train_ddpm.parser().parse_args(["--resume", "--output", str(tmp_path / "x.pt")])
+    for source, root in ((train_ddpm.MNIST_5K.name, train_ddpm.MNIST_5K), ("torchvision", "there")):
+        torch.save({"train": {}, "step": 1, "settings": vars(args) | {"data_root": "there"},
+                    "data": {"source": source}}, args.output)
+        pytest.raises(EOFError, train_ddpm.main, args)
+        assert load.call_args.args == ("mnist", root)
 
 
 def test_a_training_step_bounds_the_gradient_and_moves_nothing_for_nan():
@@ -97,15 +85,3 @@ def test_every_step_has_images_and_random_numbers_of_its_own():
     x = torch.arange(1000.0).view(1000, 1, 1, 1) + torch.arange(2.0)
     mirrored = (mirror_half(x) == x.flip(3)).all(3).flatten()
     assert 400 < mirrored.sum() < 600 and torch.equal(mirror_half(x).sum(3), x.sum(3))
-
-
-def test_a_run_on_the_shipped_images_resumes_on_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(train_ddpm, "load_dataset", load := Mock(side_effect=EOFError))
-    args = train_ddpm.parser().parse_args(["--resume", "--output", str(tmp_path / "x.pt")])
-    for source, root in ((train_ddpm.MNIST_5K.name, train_ddpm.MNIST_5K), ("torchvision", "there")):
-        settings = {**vars(args), "data_root": "there"}
-        torch.save({"train": {}, "step": 1, "settings": settings, "data": {"source": source}},
-                   args.output)
-        with pytest.raises(EOFError):
-            train_ddpm.main(args)
-        assert load.call_args.args == ("mnist", root)

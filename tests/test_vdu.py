@@ -84,17 +84,6 @@ def anyone():
                                          {k: torch.rand_like(p) + 0.2 for k, p in theta.items()}, 5)
 
 
-def test_stability_has_the_gradient_of_finite_differences_and_knows_no_names_or_order(anyone):
-    _, theta, posterior = anyone
-    loss = lambda *values: stability_loss(dict(zip(theta, values)), posterior)
-    assert torch.autograd.gradcheck(loss, [*theta.values()], rtol=1e-6, atol=1e-6)
-    order = {k: torch.randperm(v.numel()) for k, v in theta.items()}
-    relabel = lambda d: {f"new-{k}": d[k].reshape(-1)[order[k]] for k in reversed(list(d))}
-    shuffled = GaussianPosterior(relabel(posterior.mean), relabel(posterior.std), posterior.n)
-    assert stability_loss(relabel(theta), shuffled).item() == pytest.approx(
-        stability_loss(theta, posterior).item(), rel=1e-12)
-
-
 @torch.no_grad()
 def test_objective_is_the_kl_of_gaussians_up_to_its_constants(anyone):
     """B = KL(q || p(theta | D)) - KL at mu*, for q = prod N(theta_i, s_i^2), any s."""
@@ -354,22 +343,17 @@ def test_likeness_is_the_share_of_d_f(toy):
     assert likeness.of_images(left).min() > likeness.of_images(right).max()
 
 
-def test_logistic_regression_finds_the_log_odds_of_two_gaussians():
+def test_logistic_regression_finds_the_log_odds_of_two_gaussians(request):
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    torch.set_num_threads(2)  # where LU's pivots failed on two systems of this size
     torch.manual_seed(0)
+    y = (torch.arange(200) < 100.0).float().expand(2, -1)
+    assert torch.isfinite(fit_logistic(torch.randn(2, 200, 512), y)[0]).all()
     y = (torch.arange(8000) < 4000).float()[None]
     x = torch.randn(1, 8000, 2) + y[..., None] * torch.tensor([1.0, -0.5])
     weight, bias = fit_logistic(x, y, decay=0.0)
     assert weight[0].tolist() == pytest.approx([1.0, -0.5], abs=0.1)  # mean_1 - mean_0
     assert bias.item() == pytest.approx(-1.25 / 2, abs=0.1)
-
-
-def test_logistic_regression_does_not_depend_on_the_number_of_threads(request):
-    request.addfinalizer(lambda: torch.set_num_threads(1))
-    torch.set_num_threads(2)  # where LU's pivots failed on two systems of this size
-    torch.manual_seed(0)
-    weight, _ = fit_logistic(torch.randn(2, 200, 512), (torch.arange(200) < 100.0).float()
-                             .expand(2, -1))
-    assert torch.isfinite(weight).all() and weight.abs().max() > 0
 
 
 @pytest.mark.parametrize("method", [[], ["--function-space"]])
