@@ -120,11 +120,16 @@ class Diffusion(nn.Module):
         noise = at(self.sqrt_one_minus_alpha_bar, t, xt) * eps
         return (xt - noise) / at(self.sqrt_alpha_bar, t, xt)
 
+    def bound_weight(self, t):
+        """C_t = beta_t^2 / (2 sigma_t^2 alpha_t (1-abar_t)) with sigma_t^2 = beta_t:
+        the weight of || eps - eps_theta ||^2 in the bound (DDPM eq. 12), like t."""
+        return self.beta[t] / (2 * self.alpha[t] * (1 - self.alpha_bar[t]))
+
     def simple_loss(self, unet, x0, t, eps):
         """|| eps - eps_theta(x_t, t) ||^2 / D, x_t of q_sample (DDPM eq. 14).
         x0, eps: (B, C, H, W).  t: (B,).  Returns (B,): the squared error per dimension,
-        1 for a network that always says 0. Averaged over t and eps it is the
-        variational bound below with every term's weight set to 1."""
+        1 for a network that always says 0. Of the bound below it keeps the errors of
+        eps, with C_t = 1, and drops L_T, L_0 and what does not depend on theta."""
         with autocast(x0.device):
             eps_theta = unet(self.q_sample(x0, t, eps), t)
         return (eps - eps_theta).square().flatten(1).mean(1)  # (B, C, H, W) -> (B,)
@@ -133,9 +138,10 @@ class Diffusion(nn.Module):
     def variational_bound(self, unet, x0, steps=None, seed=0):
         """-log p_theta(x_0) <= L_0 + sum_t L_{t-1} + L_T (eq. 5), bits/dimension.
 
-        x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  sigma_t^2 =
-        beta_t. steps=None computes every L_{t-1}; steps=S about S of them, close
-        together where t is small and they are large, and sums by the trapezoidal rule.
+        x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  This p_theta has
+        sigma_t^2 = beta_t, the one that `step` draws from beta tilde_t: two models.
+        steps=None computes every L_{t-1}; steps=S about S of them, close together where
+        t is small and they are large, and sums by the trapezoidal rule.
         One draw of eps for each. Returns a dict of float64 tensors, named as in the
         paper:
           "L_T" (B,)     KL(q(x_T | x_0) || N(0, I)): what x_T still knows, no theta
@@ -164,14 +170,10 @@ class Diffusion(nn.Module):
             t = int(grid[i])
             _, _, eps, eps_theta = prediction(t)
             error = (eps - eps_theta).cpu().double().square().flatten(1).sum(1)  # (B,)
-            beta, alpha, abar, q_var = (b[t].cpu().double() for b in (
-                self.beta, self.alpha, self.alpha_bar, self.posterior_variance))
-            # A KL between Gaussians. Between the means, eq. 12: the error of eps
-            # weighted by beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)). The rest is of
-            # the variances.
-            weight = beta**2 / (2 * beta * alpha * (1 - abar))
+            beta, q_var = (b[t].cpu().double() for b in (self.beta, self.posterior_variance))
+            # A KL between Gaussians: of their means (eq. 12), and of their variances.
             spread = (beta / q_var).log() + q_var / beta - 1
-            L_t[:, i] = weight * error + D / 2 * spread
+            L_t[:, i] = self.bound_weight(t).cpu().double() * error + D / 2 * spread
 
         x1, t0, _, eps_theta = prediction(0)
         mean = self.predict_x0(x1, t0, eps_theta).cpu().double()
@@ -186,7 +188,8 @@ class Diffusion(nn.Module):
 
         z: unit noise of x_t's shape.  eta = 0 is deterministic; eta = 1 with t_prev =
         t-1 is DDPM's ancestral step, of mean mu tilde_t and variance beta tilde_t (DDIM
-        eq. 16).  clip: keep x_0 in [-1, 1], as images are."""
+        eq. 16).  clip: keep x_0 in [-1, 1], as images are (DDPM's code clips, its text
+        does not say so)."""
         with autocast(xt.device):
             eps = unet(xt, t)
         x0 = self.predict_x0(xt, t, eps)

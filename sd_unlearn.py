@@ -72,16 +72,14 @@ class StableDiffusion(namedtuple("_", "unet autoencoder text_encoder tokenizer d
 # --------------------------------------------------------------------------------------
 # Unlearning
 
-PAPER = dict(
-    gamma=0.0002, lr=0.03, steps=200, batch_size=4,
-    accumulate=1, adam=True,  # batches per step; Adam's steps
-    t_range=[0.2, 0.7],
+OURS = dict(
+    gamma=0.001, lr=0.25, steps=300, batch_size=4,
+    accumulate=4, adam=True,  # batches per step, 16 images in the memory of 4; Adam's steps
+    t_range=[0.2, 1.0], kappa=3.0, until=0.99,
     anchors=48,          # images of other prompts, drawn by theta*
-    kappa=None, until=0.99,
     parameters="cross-attention")  # where the prompt enters: 5% of the U-Net
-FUNCTION_SPACE = {
-    **PAPER, "lr": 0.25, "steps": 300, "accumulate": 4, "t_range": [0.2, 1.0], "kappa": 3.0,
-    "parameters": "all"}  # attention to the prompt alone forgot half of what was tried
+PAPER = {**OURS, "gamma": 0.0002, "lr": 0.03, "steps": 200, "accumulate": 1,
+         "t_range": [0.2, 0.7], "kappa": None}
 CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
@@ -92,7 +90,7 @@ NEUTRAL_PROMPTS = ("", "a photo of a person", "a photo of an animal", "a photo o
 
 
 class PromptedObjective(FunctionSpaceObjective):
-    """The same with prompts, for which theta* itself says what D_f predicts.
+    """The three terms with prompts, for which theta* itself says what D_f predicts.
     In (b) of vdu.py, eps_theta* is what all images predict at x_t, here eps_theta* of
     the empty prompt, and eps_f that of the concept's: the minimum can be written down.
     (It is the target of ESD, Gandikota et al. 2023.)  empty: (1, L, E)."""
@@ -109,7 +107,7 @@ class PromptedObjective(FunctionSpaceObjective):
 
 def run_unlearn(args):
     """sd_unlearn.py unlearn. Raises UserError for what the user can put right."""
-    args = with_defaults(args, PAPER, FUNCTION_SPACE)
+    args = with_defaults(args, OURS, PAPER)
     check_outputs([args.output], args.overwrite, (".ckpt", ".pt", ".pth"))
     if not args.concept.strip():
         raise UserError("--concept must say what will be forgotten")
@@ -133,7 +131,7 @@ def run_unlearn(args):
     origin = f"posterior of {posterior.n} checkpoints (of 1: sigma* is guessed)"
     print(f"forgetting {args.concept!r}: images {len(images)}, of {args.size} pixels, moving "
           f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, "
-          f"{args.method}, steps: at most {args.steps}, on {device}; {origin}")
+          f"steps: at most {args.steps}, on {device}; {origin}")
     # D_f as latents with its prompts; and what theta* draws for others.
     frozen = frozen_copy(unet, posterior)
     forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
@@ -148,8 +146,9 @@ def run_unlearn(args):
                       for i, prompt in enumerate(tqdm(keep, desc="anchors", unit="prompt"))])
     kept_context, empty = model.context(keep).repeat_interleave(each, 0), model.context([""])
     likeness = Likeness(frozen, diffusion, forget, kept, rho, (empty,))
-    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
-    objective = PaperObjective(*common) if not args.function_space else PromptedObjective(
+    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context,
+              args.bound_weights)
+    objective = PaperObjective(*common) if args.paper else PromptedObjective(
         *common, frozen=frozen, kept=kept, likeness=None, rho=rho, kappa=args.kappa,
         kept_context=kept_context, empty=empty)
     settings = {"concept": args.concept, "images": len(images),
@@ -572,11 +571,12 @@ def parser():
     gone.add_argument("--concept", required=True, help='as prompts name it: "golf ball"')
     gone.add_argument("--images", required=True, help="a folder of images of it")
     gone.add_argument("--output", required=True, help="the unlearned checkpoint")
-    gone.add_argument("--parameters", choices=["cross-attention", "all"], help="what may move "
-                      "(default: where the prompt enters, 5%%; with --function-space all, 20 GB)")
-    gone.add_argument("--accumulate", type=number(int, 1), help="batches per step (default: 1, 4)")
-    g = add_unlearning_flags(gone, PAPER, FUNCTION_SPACE)
-    g.add_argument("--keep", nargs="+", default=[], help="neighbours of it that must stay")
+    gone.add_argument("--parameters", choices=["cross-attention", "all"], help="what moves: 5%% "
+                      "of the U-Net, where the prompt enters (default, 7 GB), or all (20 GB)")
+    gone.add_argument("--accumulate", type=number(int, 1), help="batches per step (default: 4, "
+                      "1 with --paper)")
+    gone.add_argument("--keep", nargs="+", default=[], help="neighbours of it that must stay")
+    add_unlearning_flags(gone, OURS, PAPER)
     return p
 
 

@@ -14,10 +14,10 @@ Writes   checkpoints/mnist.pt: theta* = mu*, posterior (mu*, sigma*), settings, 
 Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f, and mu* and
          sigma* are the mean and standard deviation of each parameter over training
          checkpoints. Here those are the weights along the last part of one run, at a
-         constant learning rate, folded into running sums as they pass. So sigma* says
-         how far training lets each weight wander; it is not the posterior's spread
-         (Mandt et al. 2017 tune SGD's rate to come close to it), and gamma absorbs its
-         scale.
+         constant learning rate, folded into running sums as they pass: a departure,
+         since the mean of independent runs is no working network. So sigma* says how
+         far training lets each weight wander. The posterior's spread it is not (Mandt
+         et al. 2017 tune SGD's rate to come close to that); gamma absorbs its scale.
 """
 
 import argparse
@@ -68,8 +68,9 @@ def small(image_shape):
 
 
 def base(image_shape):
-    """DDPM's network for CIFAR-10 and its training (Ho et al. 2020), for a GPU: 35.7M
-    parameters, attention at 16x16, eps predicted directly."""
+    """DDPM's network for CIFAR-10 (Ho et al. 2020), for a GPU: 35.7M parameters,
+    attention at 16x16, eps predicted directly. (Their training took 800,000 steps at a
+    constant rate and kept a moving average of the weights.)"""
     C, H, W = image_shape
     return (dict(in_channels=C, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
                  attention_resolutions=(max(1, round(H / 16)),), num_heads=1, dropout=0.1),

@@ -19,8 +19,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-PROGRAMS = ["vdu.py --forget-class 1 --function-space --anchors 150 --steps 40 --kappa 6",
-            "vdu.py --forget-class 1 --anchors 20 --steps 25 --batch-size 64 --output two.pt"]
+PROGRAMS = ["vdu.py --forget-class 1 --anchors 150 --steps 40 --kappa 10",
+            "vdu.py --paper --forget-class 1 --anchors 20 --steps 25 --output two.pt"]
 
 
 def pytest_collection_modifyitems(items):

@@ -25,7 +25,7 @@ import train_ddpm
 import vdu
 from conftest import ROOT
 
-FEW = "--steps 1 --batch-size 4 --anchors 10"
+FEW = "--paper --steps 1 --batch-size 4 --anchors 10"
 DRAW = "--samples 12 --sampling-steps 2 --bits 0"
 COLOURS = ("train_ddpm.py --dataset folder --data-root images --image-size 8 --steps 44 "
            "--batch-size 8")
@@ -78,9 +78,8 @@ def folder(tmp_path_factory):
     (cwd / "checkpoints/newest.pt").write_bytes(b"cut short")  # is not what evaluate.py takes
     said = command("evaluate.py --samples 20 --sampling-steps 3 --bits 2", cwd)
     assert "PUL" in said and re.search("^checkpoints/mnist-forget-1.pt .*%", said, re.M)
-    command(f"vdu.py --forget-class 1 7 --forget-samples 20 --function-space {FEW} --output two.pt",
-            cwd)
-    command(f"vdu.py --forget-class 3 --gamma 1 {FEW} --output g1.pt", cwd)
+    command(f"vdu.py --forget-class 1 7 --forget-samples 20 {FEW} --output two.pt", cwd)
+    command("vdu.py --forget-class 3 --gamma 1 --steps 1 --anchors 10 --output g1.pt", cwd)
     command("train_ddpm.py --steps 2 --batch-size 8 --exclude-class 1 --output without-1.pt", cwd)
     return cwd
 
@@ -112,10 +111,10 @@ def test_checkpoints_remember(folder):
     one, two = past(folder / "checkpoints/mnist-forget-1.pt"), past(folder / "two.pt")
     assert (one["classes"], one["images"], one["rho"], one["steps"]) == (["1"], 500, 0.1, 3)
     assert one["checkpoint"] == str(folder / "checkpoints/mnist.pt")
-    assert one["settings"]["gamma"] == vdu.PAPER["gamma"] and one["settings"]["steps"] == 3
-    assert [step for step, _ in one["like_D_f"]] == [0, 3]
+    assert one["settings"]["gamma"] == vdu.OURS["gamma"] and one["settings"]["steps"] == 3
+    assert [step for step, _ in one["like_D_f"]] == [0, 2, 3]
     assert (two["classes"], two["images"], two["rho"]) == (["1", "7"], 40, 0.2)
-    # gamma 1 leaves the model as it was: theta*, mu* and "before" are the same tensors
+    # gamma 1 leaves all at mu*, bit for bit: theta*, mu* and "before" are the same
     assert same(theta, load(folder / "g1.pt")["weights"])
     assert not same(theta, load(folder / "two.pt")["weights"])
 
@@ -133,7 +132,7 @@ def ctrl_c(patch, module, name, *times):
 
 
 def test_ctrl_c_while_unlearning_and_while_saving_and_the_seed(folder, monkeypatch):
-    line = "vdu.py --forget-class 5 --steps 100000 --batch-size 4 --anchors 10 --output stopped.pt"
+    line = "vdu.py --paper --forget-class 5 --batch-size 4 --anchors 10 --output stopped.pt"
     ctrl_c(monkeypatch, ddpm, "stratified_timesteps", 3, 3)  # twice: at once, without a trace
     assert "Traceback" not in command(line, folder, 130) and not (folder / "stopped.pt").exists()
     ctrl_c(monkeypatch, ddpm, "stratified_timesteps", 3)
@@ -222,6 +221,7 @@ vdu.py --forget-class 2 --posterior narrow.pt moment-0.pt | narrow.pt do not mat
 vdu.py --forget-class 2 --posterior moment-0.pt checkpoints/mnist.pt | mean of a whole training
 vdu.py --forget-class 2 --posterior moment-0.pt two.pt | two.pt | unlearned
 evaluate.py --after nan.pt | nan.pt is broken
+evaluate.py --after g1.pt --output o --retrained without-1.pt | was not trained without 3
 evaluate.py --after g1.pt --before letters.pt | letters.pt and g1.pt were not trained on one dataset
 evaluate.py --after elsewhere/g1.pt | /x/mnist.pt, which is gone or another | --before
 train_ddpm.py --resume | checkpoints/mnist.pt is no interrupted run

@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 from ddpm import UserError
-from evaluate import (Judge, compare, drift, drift_of_noise, frechet_distance, get_classifier,
+from evaluate import (Judge, compare, drift, frechet_distance, get_classifier,
                       percentage_of_unlearning, print_table, relearning, worst_kept)
 from train_ddpm import to_float, to_uint8
 
@@ -49,14 +49,6 @@ def test_pul_drift_and_the_worst_kept_class_by_hand():
     assert worst_kept(before, after, [0]) == (2, 0.5)
     assert worst_kept([3, 0, 4], [0, 9, 4], [0]) == (2, 1.0)  # what was not drawn cannot be lost
     assert worst_kept([3, 0], [0, 9], [0])[0] is None
-
-
-def test_drift_of_noise_is_that_of_two_sets_of_one_model():
-    torch.manual_seed(0)
-    shares = torch.tensor([0.1, 0.4, 0.3, 0.2])
-    sets = torch.distributions.Multinomial(2000, shares).sample((400, 2)).int().tolist()
-    mean = sum(drift(a, b, [0]) for a, b in sets) / 400
-    assert mean == pytest.approx(drift_of_noise(sets[0][0], [0]), rel=0.1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -141,16 +133,27 @@ def test_the_report_by_hand(known, capsys):
     other, _ = compare(judge, known.after, ["c"], known.args)  # of the same samples before
     drawn = [x for x in known.log if isinstance(x, tuple)]
     assert other["PUL"] == 25 and drawn == [(100, (1, 1, 2), 7, 1.0, 3)] * 3  # the same noise
-    print_table([report, other])
+    # of the retrained model the second half, 20 of b and 30 of c; the first has b alone
+    retrained = stub("without.pt", [70, 0, 30], 2, known.log)
+    third, _ = compare(judge, known.after, ["a"], known.args, retrained)
+    x, y = (to_float(model.images).flatten(1) for model in (known.after, retrained))
+    by_hand = {"PUL": 100, "frechet": frechet_distance(x[:50], y[50:]),
+               "frechet_by_chance": frechet_distance(y[:50], y[50:]),
+               "total_variation": 0.6, "total_variation_by_chance": 0.6}
+    assert third["retrained"].pop("checkpoint") == "without.pt" and not report["retrained"]
+    assert third["retrained"] == pytest.approx(by_hand, rel=1e-4)
+    print_table([report | {"retrained": {"checkpoint": "without.pt", **by_hand}}, other])
     said = capsys.readouterr().out
+    assert "retrained (without.pt): PUL 100.0%" in said
     assert "80.0%" in said and "25.0%" in said and "c, 75%" in said and "WARNING" not in said
 
 
 def test_a_model_that_draws_nothing_known_is_told(known, capsys):
     known.after.diffusion.sample = lambda *args, **kwargs: torch.zeros(100, 1, 1, 2)
-    report, _ = compare(Judge(known.before, "cpu", None), known.after, ["a"], known.args)
+    before = stub("before.pt", [49, 2, 49], 0, known.log)
+    report, _ = compare(Judge(before, "cpu", None), known.after, ["a"], known.args)
     print_table([report])
-    assert not report["recognisable"] and "WARNING: the classifier" in capsys.readouterr().out
+    assert not report["recognisable"] and "WARNING: u-FID grew" in capsys.readouterr().out
 
 
 def test_a_test_part_without_the_class_and_no_test_part(known, tmp_path):

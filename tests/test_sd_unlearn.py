@@ -155,7 +155,7 @@ def command(folder, args, *more):
 
 
 def test_one_prompt_is_forgotten_and_the_other_stays():
-    """A small DDPM of images bright left or bright right, as the prompt says, or either."""
+    """A small DDPM of images bright left or right, as the prompt says, or either."""
     torch.manual_seed(0)
     d, context = Diffusion("cosine", 100), torch.eye(4)[:3, None]  # left, right, no prompt
     unet = UNet(model_channels=16, channel_mult=(1,), num_heads=1, attention_resolutions=(1,),
@@ -174,7 +174,7 @@ def test_one_prompt_is_forgotten_and_the_other_stays():
     left = lambda: [is_left(draw(i)).sum().item() for i in range(3)]
     before, kept = left(), torch.cat([draw(i) for i in (1, 2)])
     objective = PromptedObjective(
-        d, posterior := guessed_posterior(unet.named_parameters()), images[0], None, 32, (0.2, 1.0),
+        d, posterior := guessed_posterior(unet.named_parameters()), images[0], 0.0, 32, (0.2, 1.0),
         context[:1], frozen=copy.deepcopy(unet), kept=kept, likeness=None, rho=0.5, kappa=3.0,
         kept_context=context[1:].repeat_interleave(100, 0), empty=context[2:])
     unlearn(unet, posterior, objective, lr=0.25, steps=60, adam=True)
@@ -223,7 +223,7 @@ def test_samples_are_a_row_per_prompt_and_a_block_per_checkpoint(tiny, tmp_path)
     assert list(written) == list(state) and (written[UNET + "out.2.bias"] == 1).all()
 
 
-@pytest.mark.parametrize("method, moves", [("", ".attn2."), ("--function-space", UNET)])
+@pytest.mark.parametrize("method, moves", [("--paper", ".attn2."), ("--parameters all", UNET)])
 def test_the_command_moves_what_it_says_and_saves_what_was_judged(tiny, monkeypatch, method, moves):
     """Of a file in half precision, in which these moves would be rounded away; its
     averages, a second copy of what was forgotten, are left out."""

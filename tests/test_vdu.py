@@ -17,7 +17,8 @@ import vdu
 from ddpm import Diffusion, UserError
 from train_ddpm import GaussianPosterior
 from vdu import (ForgottenCheck, FunctionSpaceObjective, Likeness, PaperObjective, fit_logistic,
-                 guessed_posterior, plasticity_loss, stability_loss, unlearn, vdu_loss)
+                 guessed_posterior, keep_own_samples, plasticity_loss, stability_loss, unlearn,
+                 vdu_loss)
 
 
 @pytest.mark.parametrize("known", [0, 2, 40])  # before it goes on from mean, std and n
@@ -110,7 +111,8 @@ def test_plasticity_loss_is_the_squared_error_and_its_gradient():
     d, w = Diffusion("cosine", 100), torch.tensor(0.3, requires_grad=True)
     torch.manual_seed(0)
     x0, eps, t = *torch.randn(2, 4, 1, 5, 5), torch.tensor([0, 20, 60, 99])
-    a = plasticity_loss(lambda x, t: w * x, d, x0, t, eps)
+    a, C_t = plasticity_loss(lambda x, t: w * x, d, x0, t, eps), torch.tensor([3.0, 0.5, 1, 2])
+    assert torch.equal(plasticity_loss(lambda x, t: w * x, d, x0, t, eps, C_t), C_t * a)
     abar = d.alpha_bar[t].view(-1, 1, 1, 1)
     xt = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
     assert torch.allclose(a, (eps - 0.3 * xt).square().sum((1, 2, 3)), rtol=1e-5)
@@ -244,6 +246,14 @@ def test_the_papers_objective_is_the_sum_of_its_terms(toy):
         assert numbers["B"] == pytest.approx(B / P) and objective.unit == 16 / P
         assert L.item() == pytest.approx(-(1 - gamma) * 16 * numbers["A"] + gamma * 16 * B / P,
                                          rel=1e-4)
+    objective = PaperObjective(d, posterior, toy_images(9, 1), 0, 25, (0, 1), bound_weights=True)
+    torch.manual_seed(1)
+    L = objective(net)[0].item()
+    torch.manual_seed(1)
+    x0, t, eps, _ = objective.draw()
+    C_t = d.beta**2 / (2 * d.beta * d.alpha * (1 - d.alpha_bar))  # sigma_t^2 = beta_t
+    A = (C_t[t] * plasticity_loss(net, d, x0, t, eps)).mean().item()
+    assert L == pytest.approx(-A, rel=1e-4)
     with pytest.raises(UserError, match="--t-range"):
         PaperObjective(d, posterior, toy_images(9, 1), 0.5, 16, (0.7, 0.7))
     net, record = paper_unlearn(toy, gamma=1.0, lr=0.01, steps=5)  # stays at the mean
@@ -265,17 +275,21 @@ def test_unlearning_raises_the_error_on_the_forgotten_class_more(toy):
 
 
 def test_forgets_one_of_two_classes(toy):
-    """In function space: left goes, and what is drawn instead is as the others are."""
+    """Left goes, and what is drawn instead is as the others are."""
     (d, unet, posterior), forget, net = toy, toy_images(500, 1), copy.deepcopy(toy[1])
     draw = lambda net, n=200: d.sample(net, n, (1, 4, 4), steps=20, eta=1.0)
     torch.manual_seed(0)
     generated = draw(unet, 300)
     kept = generated[~is_left(generated)]
     likeness = Likeness(unet, d, forget, kept, 0.5, levels=range(20))
-    objective = FunctionSpaceObjective(d, posterior, forget, None, 64, (0.3, 1.0), frozen=unet,
-                                       kept=kept, likeness=likeness, rho=0.5, kappa=20.0)
+    objective = lambda gamma: FunctionSpaceObjective(
+        d, posterior, forget, gamma, 64, (0.3, 1.0), frozen=unet, kept=kept, likeness=likeness,
+        rho=0.5, kappa=20.0)
+    unlearn(net, posterior, objective(1.0), lr=0.5, steps=3, adam=True)  # stays, bit for bit
+    assert all(torch.equal(p, posterior.mean[k]) for k, p in net.named_parameters())
     check = ForgottenCheck(lambda: draw(net), likeness, 150, until=0)
-    unlearn(net, posterior, objective, lr=0.5, steps=150, adam=True, check=check)
+    record = unlearn(net, posterior, objective(0.001), lr=0.5, steps=150, adam=True, check=check)
+    assert record["first"]["B"] == 0 < record["last"]["B"]
     samples = draw(net)
     before, after = (is_left(x).float().mean().item() for x in (draw(unet), samples))
     assert 0.3 < before < 0.7 and after < 0.1 * before
@@ -285,11 +299,10 @@ def test_forgets_one_of_two_classes(toy):
     assert first == pytest.approx(before, abs=0.1) and last < 0.1 * before
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("kappa", [1.0, 4.0])
-def test_the_objective_in_function_space_is_least_at_the_retrained_model(anyone, kappa):
+def test_the_objective_is_least_at_the_retrained_model(anyone, monkeypatch, kappa):
     """Two Gaussians whose eps are known: a regression on both targets, with kappa = 1,
-    turns that of all data into that of D_r."""
+    turns that of all data into that of D_r; own samples become those of D_r."""
     torch.manual_seed(0)
     d, rho = Diffusion("linear", 100), 0.2
 
@@ -307,26 +320,41 @@ def test_the_objective_in_function_space_is_least_at_the_retrained_model(anyone,
         return w * known(0.5, xt, t)[1] + (1 - w) * known(-0.5, xt, t)[1]
 
     forget, kept = (mean + 0.3 * torch.randn(500, 1, 1, 1) for mean in (0.5, -0.5))
-    objective = FunctionSpaceObjective(d, anyone[-1], forget, None, 64, (0.1, 1.0), frozen=frozen,
+    objective = FunctionSpaceObjective(d, anyone[-1], forget, 0.2, 64, (0.1, 1.0), frozen=frozen,
                                        kept=kept, likeness=share, rho=rho, kappa=kappa)
+    monkeypatch.setattr(objective, "stability", lambda net: torch.tensor(0.0))
     assert objective.weight.mean().item() == pytest.approx(1, abs=1e-5)
     assert objective.weight.shape == (100,) and objective.weight[2] < 0.7 * objective.weight[98]
     torch.manual_seed(3)  # at theta* F = 0, and || past (eps* - eps) ||^2 of D_f is left
-    loss, numbers = objective(frozen)
+    shift = torch.tensor(0.0, requires_grad=True)
+    loss, numbers = objective(lambda xt, t: frozen(xt, t) + shift)
     torch.manual_seed(3)
     x0, t, eps, _ = objective.draw()
     a, xt = plasticity_loss(frozen, d, x0, t, eps), d.q_sample(x0, t, eps)
     w, star = share(xt, t), frozen(xt, t)
     past = (1 + (1 + (kappa - 1) * w) * w / (1 - w)).clamp(max=20)
-    assert loss.item() == pytest.approx(rho * (objective.weight[t] * past**2 * a).mean().item())
+    weight = 0.8 * rho * objective.weight[t]  # (1 - gamma) rho lambda(t)
+    assert loss.item() == pytest.approx((weight * past**2 * a).mean().item(), rel=1e-5)
+    # the gradient of A, 2 (eps* - eps), times -1/(1-w)
+    push = (-weight * past * 2 * (star - eps).flatten()).mean().item()
+    assert torch.autograd.grad(loss, shift)[0].item() == pytest.approx(push, rel=1e-4)
     assert numbers["A"] == pytest.approx(a.mean().item()) and numbers["F"] == 0
     target = objective.eps_target(xt, t, known(0.5, xt, t)[1], star).flatten()
     least, retrained = (1 - w) * star.flatten() + w * target, known(-0.5, xt, t)[1].flatten()
     off = (least - retrained).abs()[past < 20]  # elsewhere the push is cut off
     assert len(off) > 20 and (off.max() < 1e-4 if kappa == 1 else off.max() > 0.1)
     objective.weight, objective.eps_target = torch.ones(100), lambda *args: args[-1]  # F, twice
+    monkeypatch.setattr(objective, "stability", lambda net: torch.tensor(3.0))
     loss, numbers = objective(lambda xt, t: frozen(xt, t) + 0.5)
-    assert [loss.item(), numbers["F"]] == pytest.approx([0.25, 0.25], rel=1e-4)
+    assert numbers["F"] == pytest.approx(0.25, rel=1e-4)
+    assert loss.item() == pytest.approx(0.8 * 0.25 + 0.2 * objective.unit * 3, rel=1e-4)
+    clean, fits = torch.zeros(1, dtype=torch.long), []
+    likeness = SimpleNamespace(of_images=lambda x: share(x, clean).logit())
+    monkeypatch.setattr(vdu, "Likeness", lambda *args: fits.append(args[3]) or likeness)
+    own = torch.cat([forget[:200], kept.repeat(2, 1, 1, 1)[:800]])  # theta*'s, a share rho of D_f
+    stays = keep_own_samples(frozen, d, forget, own, rho)
+    assert [len(x) for x in fits] == [1000, len(stays)] and abs(len(stays) - 800) < 40
+    assert (stays < 200).sum() == pytest.approx((1 - share(own[:200], clean)).sum().item(), abs=25)
 
 
 def test_likeness_is_the_share_of_d_f(toy):
@@ -356,7 +384,7 @@ def test_logistic_regression_finds_the_log_odds_of_two_gaussians(request):
     assert bias.item() == pytest.approx(-1.25 / 2, abs=0.1)
 
 
-@pytest.mark.parametrize("method", [[], ["--function-space"]])
+@pytest.mark.parametrize("method", [[], ["--paper"], ["--paper", "--bound-weights"]])
 def test_the_command_line_reaches_the_loop(toy, tmp_path, monkeypatch, method):
     (_, unet, posterior), folder = toy, tmp_path / "left"
     folder.mkdir()
@@ -373,14 +401,15 @@ def test_the_command_line_reaches_the_loop(toy, tmp_path, monkeypatch, method):
     with pytest.raises(KeyboardInterrupt):
         vdu.main(vdu.parser().parse_args([*flags.split(), "--device", "cpu", *method]))
     call = inspect.signature(unlearn).bind(*loop.call_args.args, **loop.call_args.kwargs).arguments
-    defaults = vdu.FUNCTION_SPACE if method else vdu.PAPER
+    defaults = vdu.PAPER if method else vdu.OURS
     objective, check = call["objective"], call["check"]
     assert all(torch.equal(call["posterior"].std[k], v) for k, v in posterior.std.items())
     assert (objective.low, objective.high, objective.batch_size) == (25, 50, 7)
     assert objective.forget.shape == (40, 1, 4, 4) and objective.gamma == 0.3
-    assert (call["steps"], call["seed"], check.steps, call["adam"]) == (9, 5, 9, bool(method))
+    assert (call["steps"], call["seed"], check.steps, call["adam"]) == (9, 5, 9, not method)
+    assert (objective.C_t == 1).all() == (len(method) < 2)
     assert call["lr"] == defaults["lr"] and check.until == defaults["until"]
-    assert not method or (objective.kappa, objective.rho, len(objective.kept)) == (6, 0.4, 16)
+    assert method or (objective.kappa, objective.rho) == (6, 0.4) and len(objective.kept) < 40
 
 
 def test_the_files_name_is_made_of_what_was_forgotten():
