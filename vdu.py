@@ -428,8 +428,8 @@ class ForgottenCheck:
 
 
 # --------------------------------------------------------------------------------------
-# The command line. The defaults of ours were chosen on the digits 4 and 9 by the distance
-# to the model retrained without them; the paper's, on the 1.
+# The command line. OURS was chosen on the digits 4 and 9, by the distance to the models
+# retrained without them; PAPER on the 1.
 
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
 CHECK_SAMPLES = 300  # that the self-check draws: 1% of them is 3
