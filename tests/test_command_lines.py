@@ -10,7 +10,6 @@ import resource
 import runpy
 import shlex
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -69,12 +68,10 @@ same = lambda a, b: a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v i
 def folder(tmp_path_factory):
     """Where the three commands were typed, and four more."""
     cwd = tmp_path_factory.mktemp("run")
-    r = subprocess.run([sys.executable, ROOT / "train_ddpm.py", "--steps", "40", "--batch-size",
-                        "16"], cwd=cwd, text=True, capture_output=True)
-    assert r.returncode == 0 and r.stdout.count("no network") == 1, r.stderr
-    assert "5,000 images of 1x28x28 (mnist_5k.npz)" in r.stdout
+    said = command("train_ddpm.py --steps 40 --batch-size 16", cwd)
+    assert "no network" in said and "5,000 images of 1x28x28 (mnist_5k.npz)" in said
     said = command("vdu.py --forget-class 1 --steps 3 --batch-size 8 --anchors 10", cwd)
-    assert "samples like D_f from" in said and "broken" not in said
+    assert said.startswith("L = ") and "samples like D_f from" in said and "broken" not in said
     (cwd / "checkpoints/newest.pt").write_bytes(b"cut short")  # is not what evaluate.py takes
     said = command("evaluate.py --samples 20 --sampling-steps 3 --bits 2", cwd)
     assert "PUL" in said and re.search("^checkpoints/mnist-forget-1.pt .*%", said, re.M)
@@ -87,16 +84,13 @@ def folder(tmp_path_factory):
 def test_the_three_commands_leave_what_they_say(folder):
     results = folder / "results/mnist-forget-1"
     assert {p.name for p in results.iterdir()} == {"report.json", "before.png", "after.png"}
-    for path in (*results.glob("*.png"), folder / "checkpoints/mnist.png"):
-        assert min(Image.open(path).size) >= 3 * 28  # grids of 20 and 64
-    report = report_of(results)
-    before, after = report["before"], report["after"]
+    assert min(Image.open(results / "after.png").size) >= 3 * 28  # a grid
+    before, after = (report := report_of(results))["before"], report["after"]
     assert [before["checkpoint"], after["checkpoint"]] == [
         str(folder / "checkpoints/mnist.pt"), "checkpoints/mnist-forget-1.pt"]
     for part in (before, after):
         assert sum(part["counts"].values()) == 20 and list(part["counts"]) == list("0123456789")
-        assert part["forgotten_count"] == part["counts"]["1"] and 0.1 < part["mean_confidence"] <= 1
-        assert part["bits_forgotten"] > 0 and part["bits_retained"] > 0
+        assert part["forgotten_count"] == part["counts"]["1"] and part["bits_forgotten"] > 0
     assert report["u_fid_ratio"] == after["u_fid"] / before["u_fid"] and "relearning" not in report
     assert report["forgotten"] == ["1"] and report["classifier_accuracy"] > 0.9
     assert report["settings"]["sampling_steps"] == 3 and report["data"]["images"] == 5000
@@ -104,8 +98,7 @@ def test_the_three_commands_leave_what_they_say(folder):
 
 def test_checkpoints_remember(folder):
     trained = ddpm.load_checkpoint(folder / "checkpoints/mnist.pt")
-    assert trained.data["name"] == "mnist" and trained.step == 40 and "train" not in trained.raw
-    assert trained.posterior["n"] == 3  # steps 30, 35 and the last
+    assert trained.posterior["n"] == 3 and trained.step == 40 and "train" not in trained.raw
     theta = dict(trained.unet.named_parameters())
     assert same(theta, trained.posterior["mean"]) and not trained.unet.training
     one, two = past(folder / "checkpoints/mnist-forget-1.pt"), past(folder / "two.pt")
@@ -153,17 +146,16 @@ def wrong(folder):
     """The folder, with files in it that are wrong in one way each."""
     bomb = type("Bomb", (), {"__reduce__": lambda self: (open, ("bomb-went-off", "w"))})()
     whole, g1 = folder / "checkpoints/mnist.pt", load(folder / "g1.pt")
-    raw, config = load(whole), load(whole)["config"]
+    raw = load(whole)
     plus = lambda x: {k: v + x for k, v in raw["weights"].items()}
-    config["unet"]["model_channels"] = 16
-    narrow = dict(raw, config=config, weights=ddpm.build(config)[0].state_dict(), posterior=None)
     loud = dict(raw["weights"], **{"out.2.bias": raw["weights"]["out.2.bias"] + 1000})
-    for name in ("elsewhere", "other/g1", "spoilt/a"):
+    for name in ("elsewhere", "other/g1", "spoilt/a", "half/MNIST/raw"):
         (folder / name).mkdir(parents=True)
     for name, contents in {
-            "bomb": bomb, "foreign": {"weights": torch.zeros(3)}, "narrow": narrow,
+            "bomb": bomb, "foreign": {"weights": torch.zeros(3)},
             "loud": dict(raw, weights=loud, posterior=dict(raw["posterior"], mean=loud)),
-            "nan": dict(g1, weights=plus(torch.nan)), "unfinished": dict(narrow, train={}),
+            "nan": dict(g1, weights=plus(torch.nan)),
+            "unfinished": dict(raw, posterior=None, train={}),
             "letters": dict(raw, data=dict(raw["data"], classes=list("abcdefghij"))),
             "other-images": dict(raw, data=dict(raw["data"], digest="0" * 16), train={}),
             "moment-0": dict(raw, train={"unet": plus(0)}),  # as --save-every saves them
@@ -174,7 +166,7 @@ def wrong(folder):
     }.items():
         torch.save(contents, folder / f"{name}.pt")
     for name, contents in {
-            "cut.pt": whole.read_bytes()[:9999], "empty.pt": b"", "bomb.pkl": pickle.dumps(bomb),
+            "cut.pt": whole.read_bytes()[:9999], "half/MNIST/raw/train-images-idx3-ubyte": b"half",
             "model-00001-of-00002.bin": whole.read_bytes(),
             **dict.fromkeys(["cat.png", "other/g1/after.png", "spoilt/a/image.png"], b"mine"),
     }.items():
@@ -193,14 +185,11 @@ train_ddpm.py --output x.pt --steps 9 --lr 1e30 | at step 1, after saving step 0
 vdu.py --forget-class 2 --device abacus | no device 'abacus'
 vdu.py --forget-class eleven | no class 'eleven' | 0; 1; 2; 3
 vdu.py --forget-class 0 1 2 3 4 5 6 7 8 9 | names all classes
-evaluate.py --overwrite --forget-class 0 1 2 3 4 5 6 7 8 9 | leave at least one class
 vdu.py --forget-class 1 --checkpoint without-1.pt | was trained without 1
 train_ddpm.py --steps 1 | checkpoints/mnist.pt exists | --resume | --overwrite
 train_ddpm.py --output cat.pt --steps 1 | cat.png exists
-train_ddpm.py --output other --overwrite --steps 1 | other is a folder
 vdu.py --forget-class 1 --output runs/ | runs/ is a folder
 vdu.py --forget-class 1 | checkpoints/mnist-forget-1.pt exists | --overwrite
-vdu.py --forget-class 1 --output x.png | x.png has to end in .pt
 vdu.py --forget-class 1 --output cat.png/x.pt | cat.png/x.pt cannot be written
 vdu.py --forget-class 1 --output {'x' * 300}.pt | cannot be written
 vdu.py --forget-class 1 --output checkpoints/mnist.pt --overwrite | is the --checkpoint itself
@@ -210,14 +199,11 @@ evaluate.py --after g1.pt elsewhere/g1.pt | two files have the same name
 vdu.py --forget-class 1 --checkpoint missing.pt | no checkpoint at missing.pt | train_ddpm.py
 vdu.py --forget-class 1 --checkpoint other | no checkpoint at other: it is a folder
 vdu.py --forget-class 1 --checkpoint cut.pt | cut.pt is damaged or cut short
-vdu.py --forget-class 1 --checkpoint empty.pt | empty.pt is damaged or cut short
 vdu.py --forget-class 1 --checkpoint model-00001-of-00002.bin | one shard of several
 vdu.py --forget-class 1 --checkpoint foreign.pt | foreign.pt holds no model
 vdu.py --forget-class 1 --checkpoint bomb.pt | bomb.pt was refused
-vdu.py --forget-class 1 --checkpoint bomb.pkl | bomb.pkl was refused
 vdu.py --forget-class 2 --checkpoint unfinished.pt | train_ddpm.py --resume --output unfinished.pt
 vdu.py --forget-class 2 --checkpoint g1.pt | g1.pt has already forgotten something
-vdu.py --forget-class 2 --posterior narrow.pt moment-0.pt | narrow.pt do not match
 vdu.py --forget-class 2 --posterior moment-0.pt checkpoints/mnist.pt | mean of a whole training
 vdu.py --forget-class 2 --posterior moment-0.pt two.pt | two.pt | unlearned
 evaluate.py --after nan.pt | nan.pt is broken
@@ -226,9 +212,9 @@ evaluate.py --after g1.pt --before letters.pt | letters.pt and g1.pt were not tr
 evaluate.py --after elsewhere/g1.pt | /x/mnist.pt, which is gone or another | --before
 train_ddpm.py --resume | checkpoints/mnist.pt is no interrupted run
 train_ddpm.py --resume --output other-images.pt | other-images.pt was trained on other images
+train_ddpm.py --output x.pt --data-root half | mnist | damaged | half/MNIST/raw
 train_ddpm.py --output x.pt --dataset cifar10 | cannot be downloaded | data/cifar-10-batches-py
 train_ddpm.py --output x.pt --dataset tiny-imagenet | cannot be downloaded | tiny-imagenet-200
-train_ddpm.py --output x.pt --dataset folder --data-root spoilt/a | no classes in | sub-folder
 train_ddpm.py --output x.pt --dataset folder --data-root spoilt | cannot read the image
 vdu.py --forget-class 2 --data-root nowhere | not in nowhere any more | --data-root
 vdu.py --forget-images elsewhere | no images in elsewhere
@@ -261,32 +247,29 @@ def test_a_full_disk_leaves_the_old_file(folder, request):
             "cannot write checkpoints/mnist-forget-1.pt", "untouched")
 
 
-def test_what_was_left_out_is_relearned(folder):
+def test_a_model_trained_without_the_class_is_measured_and_relearns(folder):
     """And a network that draws no digits is told from one that does."""
     said = command(f"evaluate.py --before {train_ddpm.SHIPPED} --after without-1.pt --samples 12 "
-                   "--sampling-steps 5 --bits 0 --relearn 2", folder)
-    assert "relearning from 100 images: after [0, 1, 2] steps" in said
+                   "--sampling-steps 5 --bits 0 --relearn 2 --retrained without-1.pt", folder)
     report = report_of(folder / "results/without-1")
-    assert report["forgotten"] == ["1"] and report["before"]["checkpoint"].endswith("data/mnist.pt")
-    assert not report["recognisable"] and "WARNING" in said
-    again = report["relearning"]  # at first of the same noise
-    assert again["steps"] == [0, 1, 2]
-    assert again["shares"][0] == pytest.approx(report["after"]["forgotten_count"] / 12)
+    again, count = report["relearning"], report["after"]["forgotten_count"]
+    assert report["forgotten"] == ["1"] and again["steps"] == [0, 1, 2]
+    assert again["shares"][0] == pytest.approx(count / 12)  # at first of the same noise
+    assert "WARNING" in said and "retrained (without-1.pt): PUL" in said
 
 
 def test_several_models_in_one_table(folder):
     models = ["checkpoints/mnist-forget-1.pt", "two.pt", "g1.pt"]
     said = command(f"evaluate.py --after {' '.join(models)} {DRAW} --relearn 1 --output several",
                    folder)
-    rows = [line for line in said.splitlines() if line.startswith(tuple(f"{m} " for m in models))]
+    rows = [line for line in said.splitlines() if line.split(" ")[0] in models]
     assert [row.split()[0] for row in rows] == models and "WARNING" not in said
     assert said.count("sampling from") == 4  # the parent once
     reports = [report_of(folder / "several" / name) for name in ("mnist-forget-1", "two", "g1")]
     for report, row, names in zip(reports, rows, ("1", "17", "3")):
         assert report["forgotten"] == list(names) and f"({report['u_fid_ratio']:.2f}x)" in row
-        assert len(report["relearning"]["shares"]) == 2
     g1 = reports[2]  # gamma 1 changed nothing
-    assert g1["u_fid_ratio"] == 1 and g1["drift"] == 0 and g1["PUL"] in (0, None)
+    assert g1["u_fid_ratio"] == 1 and g1["drift"] == 0 and len(g1["relearning"]["shares"]) == 2
     assert {**g1["before"], "checkpoint": "g1.pt"} == g1["after"] and g1["recognisable"]
 
 
@@ -341,20 +324,6 @@ def test_a_folder_of_images_from_training_to_the_report(colours):
     assert report["forgotten"] == ["blue"] and report["classifier_accuracy"] == 1
 
 
-def test_a_model_that_others_trained(colours):
-    weights = load(ROOT / "tests/data/ddpm_reference.pt")["original"]["state_dict"]
-    torch.save(weights, colours / "model-790000.ckpt")
-    torch.save({k: v + 1e-3 for k, v in weights.items()}, colours / "later.ckpt")
-    line = "vdu.py --checkpoint model-790000.ckpt --forget-"
-    said = command(f"{line}images reds --forget-samples 6 --share 0.3 {FEW} --posterior "
-                   "model-790000.ckpt later.ckpt --output model.pt", colours)
-    checkpoint = ddpm.load_checkpoint(colours / "model.pt")
-    assert "is guessed" not in said and checkpoint.posterior["n"] == 2
-    assert checkpoint.forgotten["images"] == 6 and checkpoint.forgotten["rho"] == 0.3
-    for line in (f"{line}class horse", "evaluate.py --after model.pt --forget-class horse"):
-        refused(line, colours, "cifar10 cannot be downloaded", "data/cifar-10-batches-py")
-
-
 def test_cifar10_as_it_is_published(tmp_path, monkeypatch):
     """Ten images to a file. And weights of it as diffusers publishes them."""
     folder, names = tmp_path / "my data/cifar-10-batches-py", ddpm.CIFAR10_CLASSES
@@ -374,13 +343,13 @@ def test_cifar10_as_it_is_published(tmp_path, monkeypatch):
     torch.save(load(ROOT / "tests/data/ddpm_reference.pt")["diffusers"]["state_dict"], parent)
     said = command(f"vdu.py --checkpoint {parent.name} --forget-class horse --data-root 'my data' "
                    f"{FEW}", tmp_path)
-    output = tmp_path / "checkpoints/diffusion_pytorch_model-forget-horse.pt"
-    assert "sigma* is guessed" in said and past(output)["images"] == 5
-    assert f"evaluate.py --after {output.relative_to(tmp_path)} --data-root 'my data'\n" in said
-    assert evaluate.parent_of(ddpm.load_checkpoint(output), "cpu").path == str(parent)
+    output = "checkpoints/diffusion_pytorch_model-forget-horse.pt"
+    assert "sigma* is guessed" in said and past(tmp_path / output)["images"] == 5
+    assert f"evaluate.py --after {output} --data-root 'my data'\n" in said
+    assert evaluate.parent_of(ddpm.load_checkpoint(tmp_path / output), "cpu").path == str(parent)
 
 
-def test_tiny_imagenet_as_it_is_published_and_mnist_half_downloaded(tmp_path):
+def test_tiny_imagenet_as_it_is_published(tmp_path):
     """A class is a shade of grey; the val part may be sorted into class folders."""
     folder, shades = tmp_path / "tiny-imagenet-200", {"n01": 1, "n03": 3, "n02": 2}
     words = {"n01": "goldfish, Carassius auratus", "n02": "salamander", "n03": "Egyptian cat"}
@@ -407,9 +376,6 @@ def test_tiny_imagenet_as_it_is_published_and_mnist_half_downloaded(tmp_path):
         (folder / f"val/images/{2 - i}.JPEG").rename(folder / "val" / wnid / "x.JPEG")
     (folder / "val/val_annotations.txt").unlink()
     assert read(train=False) == ([1, 2, 3], [0, 1, 2], classes)
-    (tmp_path / "data/MNIST/raw").mkdir(parents=True)
-    (tmp_path / "data/MNIST/raw/train-images-idx3-ubyte").write_bytes(b"half of it")
-    refused("train_ddpm.py --steps 1", tmp_path, "mnist", "damaged", "data/MNIST/raw")
 
 
 def test_the_base_network_is_ddpms_and_help_teaches():

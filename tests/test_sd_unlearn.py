@@ -274,16 +274,12 @@ BAD_INPUT = """
 unlearn --checkpoint none.ckpt              | no checkpoint at none.ckpt
 unlearn --images nowhere                    | nowhere
 unlearn --output tiny.ckpt                  | exists already: choose another
-unlearn --output u.png                      | u.png has to end in .ckpt
-unlearn --gamma 2                           | --gamma: must be
 unlearn --posterior tiny.ckpt tiny.ckpt     | two checkpoints
 unlearn --size 17                           | --size must be a multiple of 2
 unlearn --merges none.txt                   | none.txt is not a file of merges
 sample --size 17                            | --size must be a multiple of 2
-sample --checkpoint merges.txt              | merges.txt was refused
 sample --checkpoint tiny.ckpt none.ckpt     | no checkpoint at none.ckpt
 sample --output o.jpg                       | o.jpg has to end in .png
-sample --n 0                                | --n: must be
 sample --sampling-steps 1001                | sampling steps must be from 1 to 1000
 """
 

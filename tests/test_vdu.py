@@ -35,6 +35,9 @@ def test_the_posterior_is_mean_and_standard_deviation(known):
     assert torch.allclose(posterior.std["w"].double(), draws["w"].double().std(0), rtol=1e-3)
     assert posterior.n == 40 and stability_loss(posterior.mean, posterior) == 0
     assert torch.isfinite(stability_loss({**posterior.mean, "still": torch.zeros(2)}, posterior))
+    guess = guessed_posterior({"a": torch.tensor([3.0, -4.0])}.items(), share=0.5)
+    assert guess.n == 1 and guess.mean["a"].tolist() == [3, -4]
+    assert guess.std["a"].item() == pytest.approx(0.5 * 12.5**0.5)  # of the root mean square
 
 
 def test_the_posterior_over_files_of_one_training(tmp_path):
@@ -64,13 +67,6 @@ def test_the_posterior_over_files_of_one_training(tmp_path):
                         (["gone"], "no checkpoint at .*gone")):
         with pytest.raises(UserError, match=word):
             posterior_of(names, theta)
-
-
-def test_guessed_sigma_is_a_share_of_each_tensors_scale():
-    tensors = {"a": torch.tensor([3.0, -4.0]), "b": torch.full((2, 3), 0.1)}
-    posterior = guessed_posterior(tensors.items(), share=0.5)
-    assert posterior.n == 1 and all(torch.equal(posterior.mean[k], v) for k, v in tensors.items())
-    assert [posterior.std[k].item() for k in "ab"] == pytest.approx([0.5 * 12.5**0.5, 0.05])
 
 
 @pytest.fixture
@@ -161,23 +157,18 @@ def test_what_the_objective_does_not_use_stays_at_its_mean(anyone, adam):
     # Adam's steps fall with (1 - step/steps)^2, SGD's grow by its momentum of 0.9.
     z = 0.1 * (1 + 4 / 9 + 1 / 9) if adam else 0.1 * 3 * posterior.std["bias"] * (1 + 1.9 + 2.71)
     assert torch.allclose(net.bias, posterior.mean["bias"] + posterior.std["bias"] * z)
+    away = lambda net: (-100 * net.weight.square().sum(), {})  # what runs away ends at the mean
+    for lr, steps, word in ((1e12, 50, r"at step \d+"), (1e308, 1, "infinite")):
+        with pytest.raises(UserError, match=word):
+            unlearn(net, posterior, away, lr, steps)
+        assert all(torch.equal(p, posterior.mean[k]) for k, p in theta.items())
     with pytest.raises(UserError, match="posterior .*match.*frozen"):
         unlearn(net.requires_grad_(), posterior, objective, 0.1, 1)
 
 
-@pytest.mark.parametrize("lr, steps, word", [
-    (1e12, 50, r"at step \d+"), (1e308, 1, "infinite")])
-def test_what_runs_away_ends_with_the_step_and_at_the_mean(anyone, lr, steps, word):
-    net, theta, posterior = anyone
-    with pytest.raises(UserError, match=word):
-        unlearn(net, posterior, lambda net: (-100 * net.weight.square().sum(), {}), lr, steps)
-    assert all(torch.equal(p, posterior.mean[k]) for k, p in theta.items())
-
-
 @pytest.mark.parametrize("shares, steps, until, ctrl_c, looked_at", [
     ([0.5, 0.008, 0.004], 120, 0.99, None, [0, 50, 100]),
-    ([0.5, 0.4, 0.004], 5, 0, None, [0, 3, 5]),  # the last step, always
-    ([0.5, 0.004], 120, 0.999, 60, [0, 50])])
+    ([0.5, 0.4, 0.004], 5, 0, None, [0, 3, 5]), ([0.5, 0.004], 120, 0.999, 60, [0, 50])])
 def test_the_check_ends_the_loop_once_d_f_is_gone(anyone, shares, steps, until, ctrl_c, looked_at):
     (net, theta, posterior), taken, stop = anyone, [], SimpleNamespace(requested=False)
     samples = iter([torch.arange(1000) < 1000 * share for share in shares])
@@ -223,13 +214,6 @@ def toy():
     return d, unet.eval(), posterior
 
 
-def paper_unlearn(toy, gamma, lr, steps, seed=0):
-    (d, unet, posterior), net = toy, copy.deepcopy(toy[1])
-    torch.nn.init.normal_(net.out[2].weight)  # wherever it was
-    objective = PaperObjective(d, posterior, toy_images(500, 1), gamma, 64, (0.3, 1.0))
-    return net, unlearn(net, posterior, objective, lr, steps, seed=seed)
-
-
 def test_the_papers_objective_is_the_sum_of_its_terms(toy):
     """Away from mu*, where B is not 0; at gamma = 1 it is d/P B alone."""
     d, unet, posterior = toy
@@ -256,22 +240,9 @@ def test_the_papers_objective_is_the_sum_of_its_terms(toy):
     assert L == pytest.approx(-A, rel=1e-4)
     with pytest.raises(UserError, match="--t-range"):
         PaperObjective(d, posterior, toy_images(9, 1), 0.5, 16, (0.7, 0.7))
-    net, record = paper_unlearn(toy, gamma=1.0, lr=0.01, steps=5)  # stays at the mean
+    record = unlearn(net, posterior, PaperObjective(d, posterior, x0, 1.0), 0.01, 5)  # stays there
     assert all(torch.equal(p, posterior.mean[k]) for k, p in net.named_parameters())
     assert record["moved_rms_sigma"] == record["last"]["B"] == 0 and record["steps"] == 5
-
-
-def test_unlearning_raises_the_error_on_the_forgotten_class_more(toy):
-    """As any run with the same seed does, and none with another."""
-    nets = [paper_unlearn(toy, gamma=0.05, lr=0.004, steps=30, seed=seed)[0] for seed in (0, 0, 1)]
-    weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in nets]
-    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
-    t, eps, growth = torch.arange(30, 100).repeat_interleave(7), torch.randn(490, 1, 4, 4), []
-    for x0 in (toy_images(490, 1, seed=7), toy_images(490, 0, seed=7)):
-        after, before = (plasticity_loss(net, toy[0], x0, t, eps).mean().item()
-                         for net in (nets[0], toy[1]))
-        growth.append(after - before)
-    assert growth[0] > 0 and growth[0] > 1.5 * growth[1]
 
 
 def test_forgets_one_of_two_classes(toy):
@@ -295,7 +266,7 @@ def test_forgets_one_of_two_classes(toy):
     assert 0.3 < before < 0.7 and after < 0.1 * before
     right = samples[~is_left(samples)].mean(0)
     assert (right - toy_images(500, 0).mean(0)).abs().mean() < 0.05
-    (_, first), _, (_, last) = check.history  # the network's own judgement of the same
+    (_, first), _, (_, last) = check.history  # the network's own judgement
     assert first == pytest.approx(before, abs=0.1) and last < 0.1 * before
 
 
@@ -324,7 +295,6 @@ def test_the_objective_is_least_at_the_retrained_model(anyone, monkeypatch, kapp
                                        kept=kept, likeness=share, rho=rho, kappa=kappa)
     monkeypatch.setattr(objective, "stability", lambda net: torch.tensor(0.0))
     assert objective.weight.mean().item() == pytest.approx(1, abs=1e-5)
-    assert objective.weight.shape == (100,) and objective.weight[2] < 0.7 * objective.weight[98]
     torch.manual_seed(3)  # at theta* F = 0, and || past (eps* - eps) ||^2 of D_f is left
     shift = torch.tensor(0.0, requires_grad=True)
     loss, numbers = objective(lambda xt, t: frozen(xt, t) + shift)
