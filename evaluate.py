@@ -86,9 +86,9 @@ class Classifier(nn.Module):
 
     def __init__(self, image_shape, classes):
         super().__init__()
-        C, width = image_shape[0], 32 if image_shape[0] == 1 else 64
+        C, width = image_shape[0], 32 if image_shape[0] == 1 else 64  # photographs need more
         layers = []
-        for out in (width, 2 * width, 4 * width):  # photographs need more width
+        for out in (width, 2 * width, 4 * width):
             layers += [nn.Conv2d(C, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
                        nn.MaxPool2d(2, ceil_mode=True)]  # halves H and W
             C = out
@@ -254,7 +254,7 @@ def compare(judge, after, names, args, retrained=None):
         "u_fid_ratio": b["u_fid"] / a["u_fid"],
         "drift": drift(*counts, key),
         "worst_kept": {"class": None if worst is None else classes[worst], "share_left": left},
-        "recognisable": b["u_fid"] < 10 * a["u_fid"],  # sure of noise, too, is the classifier
+        "recognisable": b["u_fid"] < 10 * a["u_fid"],  # the classifier is sure of noise, too
         "retrained": target, "before": {"checkpoint": parent.path, **a},
         "after": {"checkpoint": after.path, **b},
         "classifier_accuracy": judge.accuracy, "settings": vars(args), "data": parent.data,
@@ -263,7 +263,7 @@ def compare(judge, after, names, args, retrained=None):
 
 
 def print_table(reports):
-    """A row per model: what README's tables show."""
+    """A row per model; under it the distance to the retrained one, if there is any."""
     width = 2 + max(len(r["after"]["checkpoint"]) for r in reports)
     titles = "forgotten PUL u-FID drift worst_kept bits_of_D_f bits_of_D_r confidence".split()
     print(" " * width + "".join(f"{title:>16}" for title in titles))

@@ -59,8 +59,8 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 #     is DDPM's training loss and the default; --bound-weights takes the bound's.)
 #     This is the method's one leap: A is an UPPER bound on -log p(D_f | theta), and to
 #     raise an upper bound guarantees nothing about what it bounds. So evaluate.py
-#     measures the likelihood, too. A has a floor, 0, and no ceiling: -A has no floor,
-#     and without B its descent never ends.
+#     measures the likelihood, too. A has a floor, 0, and no ceiling: without B nothing
+#     holds L; with B a local minimum near mu* is sought.
 #
 # (5) Their sum, with a factor to balance them:
 #         L(theta) = -(1 - gamma) A + gamma B.
@@ -70,8 +70,8 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 # The unit in which gamma is measured: A per dimension of an image, B per parameter.
 # With d dimensions and P parameters B is brought to A's size by d/P, so that one gamma
 # means about the same for any image size and network. It is the paper's loss with
-# another name for the same balance:
-#         gamma_paper / (1 - gamma_paper) = (d/P) gamma / (1 - gamma).
+# another name for the same balance (N_f T: from a mean over D_f and t to the sum):
+#         gamma_paper / (1 - gamma_paper) = N_f T (d/P) gamma / (1 - gamma).
 #
 # What the minimum looks like: near mu*, A ~ A(mu*) + (theta - mu*) . grad A, and L is
 # least at theta_i - mu*_i = (1 - gamma)/gamma (P/d) sigma*_i^2 dA/dtheta_i: every
@@ -107,8 +107,8 @@ class PaperObjective:
     batch_size: images per call.  t_range: shares of T between which t is drawn.
     bound_weights: C_t of the bound in place of 1.
     context: (M, L, E) encoded prompts, one drawn for each image, where the network
-    takes any.  unit: d/P, in which `unlearn` measures L.  A is shown per dimension and
-    B per parameter.  Raises UserError for an empty t_range."""
+    takes any.  The attribute `unit`, d/P, is what `unlearn` measures L in.  A is shown
+    per dimension and B per parameter.  Raises UserError for an empty t_range."""
 
     def __init__(self, diffusion, posterior, forget, gamma, batch_size=64, t_range=(0, 1),
                  context=None, bound_weights=False):
@@ -224,41 +224,42 @@ def guessed_posterior(named_parameters, share=0.02):
 # BEYOND THE PAPER, ours, and the default: stability in function space, F, beside B; and
 # A with a floor. (The paper names function space as future work.)
 #
-# (a) With -log p(D|theta) = N (mean DDPM loss on D) and -log p(D_f|theta) = N_f A,
+# (a) theta* = mu* is the model as it was. With the mean DDPM loss over D in place of
+#     -log p(D|theta) / N, and A, as a mean over D_f, of -log p(D_f|theta) / N_f,
 #         -log p(D_r|theta) = N [ F(theta) - rho A(theta) ] + const,    rho = N_f / N,
 #         F = E_D || eps_theta(x_t, t) - eps_theta*(x_t, t) ||^2,
 #     for a squared loss whose minimiser eps_theta* is the conditional mean, so that
 #         E_D || eps - eps_theta ||^2 = E_D || eps - eps_theta* ||^2 + F.
-#     To second order F = (theta - theta*)^T G (theta - theta*), G the Gauss-Newton
-#     matrix of the training loss: it sees directions that parameters share, where B
-#     measures each alone. (F would be B with the full covariance if sigma* were the
-#     Laplace posterior's; sigma* says how far training lets a weight wander.) Samples
-#     of theta* stand for D.
+#     To second order F = (theta - theta*)^T G (theta - theta*), G = E[J^T J] with J the
+#     Jacobian of eps_theta: F sees directions that parameters share, where B measures
+#     each alone. (N F would be B with the full covariance if sigma* were the Laplace
+#     posterior's; sigma* says how far training lets a weight wander.) Samples of theta*
+#     stand for D.
 #
 # (b) At one x_t, where a share w of the data is D_f, the minimum of F - rho A is
 #         eps_theta* + w/(1-w) (eps_theta* - eps_f) = E[eps | x_t, D_r],
 #     with eps_f = E[eps | x_t, D_f]: it is what a network retrained without D_f says.
-#     A regression has the same minimum, and a floor: own samples of what stays, a share
-#     1-w, towards eps_theta*, and images of D_f, a share w, towards
+#     A regression has the same minimum where both kinds draw t alike, and a floor: own
+#     samples of what stays, a share 1-w, go to eps_theta*, images of D_f, a share w, to
 #         eps_target = eps_theta* + 1/(1-w) (eps_theta* - eps).
 #     Its gradient on D_f at theta* is 2 (eps_theta* - eps_target), -1/(1-w) times that
-#     of A, 2 (eps_theta* - eps): the push of -A, that ends by itself. 1/(1-w), which is
-#     1 + odds, is cut off at 20; the odds w/(1-w) are taken times 1 + (kappa - 1) w: as
-#     they are where x_t could be anything, kappa times where it is surely of D_f.
-#     kappa = 1 is Bayes' rule; more gets there in fewer steps.
+#     of A, 2 (eps_theta* - eps): the push of -A, that ends by itself. In the code
+#     1/(1-w) = 1 + odds is min(20, 1 + (1 + (kappa - 1) w) odds): the odds as they are
+#     where x_t could be anything, kappa times where it is surely of D_f. kappa = 1 is
+#     Bayes' rule; more gets there in fewer steps.
 #
 # (c) w comes from theta* itself: a logistic regression in its own features tells D_f
-#     from its samples. No label and no retained image is needed. An own sample x_0
-#     stays, by Bayes' rule, with the probability 1 - w(x_0).
+#     from samples of theta* that are not of D_f. No label and no retained image is
+#     needed. An own sample x_0 stays, by Bayes' rule, with the probability 1 - w(x_0).
 
 class Likeness:
     """w(x_t), how surely x_t is of D_f: a logistic regression per level of noise, in
     the middle block's pooled features, of images of D_f against other images.
 
     frozen: eps_theta*, called as unet is.  forget: (N, C, H, W).  others: (M, C, H, W),
-    samples of theta*.  rho: share of D_f among all.  prompts: what the network takes
-    beside images and t, for one image.  levels: which, of 20.  images: of either kind,
-    each."""
+    samples of theta* that stay.  rho: share of D_f among all.  prompts: what the
+    network takes beside images and t, for one image.  levels: those of the 20 that are
+    fitted.  images: noisy ones of each kind, per level."""
 
     LEVELS, OF_IMAGES = 20, (4, 6)  # clean images are judged at two of the levels
 
@@ -266,7 +267,7 @@ class Likeness:
                  images=500):
         self.frozen, self.diffusion, self.rho, self.prompts = frozen, diffusion, rho, prompts
         self.row = {level: i for i, level in enumerate(levels)}
-        images = min(images, 10 * min(len(forget), len(others)))  # few say little by repetition
+        images = min(images, 10 * min(len(forget), len(others)))  # at most 10 copies of each
         features = []
         for level in levels:
             t = torch.randint(level * diffusion.T // self.LEVELS,
@@ -334,7 +335,7 @@ class FunctionSpaceObjective(PaperObjective):
           + (1 - rho) E_kept lambda(t) || eps_theta - eps_theta* ||^2 ] + gamma (d/P) B.
 
     Plasticity (A, with a floor), stability in function space, and in parameters (B).
-    lambda(t) = 1 / sqrt(a*(t)), a* the error of theta*: low t would rule otherwise.
+    lambda(t) = 1 / sqrt(a*(t)) of mean 1, a* the error of theta*: else low t rules.
     frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), images of theta*.
     kept_context: (M, L, E), their encoded prompts, where the network takes any.
     likeness: w(x_t).  kappa: see (b).  Others: PaperObjective's."""
@@ -370,7 +371,7 @@ class FunctionSpaceObjective(PaperObjective):
         n, device = self.batch_size, self.forget.device
         x0, t, eps, prompts = self.draw()
         kept, kept_prompts = self.draw_kept(n)
-        # F has most to hold where A pushes: half of its t from there, half from all.
+        # Own samples hold most where D_f pushes: half their t are of t_range.
         t = torch.cat([t, stratified_timesteps(n // 2, self.low, self.high, device),
                        stratified_timesteps(n - n // 2, 0, self.diffusion.T, device)])
         x0, eps = torch.cat([x0, kept]), torch.cat([eps, torch.randn_like(kept)])
@@ -391,7 +392,7 @@ class FunctionSpaceObjective(PaperObjective):
         return L, {"A": A, "F": F, "B": B.item() / self.P}
 
     def eps_target(self, xt, t, eps, eps_star):
-        """Where an image of D_f is pulled: past eps_theta*, by 1/(1-w) of its error."""
+        """Where an image of D_f is pulled: past eps_theta*, as (b) says."""
         w = self.likeness(xt, t)
         odds = w / (1 - w) * (1 + (self.kappa - 1) * w)
         past = (1 + odds).clamp(max=self.FURTHEST)
@@ -405,7 +406,7 @@ def frozen_copy(unet, posterior):
 
 class ForgottenCheck:
     """Is it forgotten? For `unlearn`: the share of new samples that look like D_f to
-    theta*, every 50 steps and at the end (or half-way, where nothing stops early).
+    theta*, every 50 steps and at the end (with until=0 half-way and at the end).
 
     sample: a function without arguments, samples (N, C, H, W) of the network as it is,
     from the same noise each time.  until: done once the share has fallen by this much
@@ -549,7 +550,7 @@ def run(args, net, posterior, objective, likeness, sample, save):
           f"{record['steps']} steps ({time.time() - began:.0f} s): A from "
           f"{record['first']['A']:.4f} to {A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma "
           f"(rms), samples like D_f from {100 * first:.1f}% to {100 * last:.1f}%")
-    if A > 1:  # nothing that a broken network draws looks like D_f
+    if A > 1:  # what a broken network draws does not look like D_f either
         also = ("was so before the first step" if record["first"]["A"] > 1 else
                 "has lost more than D_f; try a larger --gamma, or a smaller --lr or --kappa")
         print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
