@@ -457,7 +457,9 @@ PAPER = dict(
 
 def with_defaults(args, ours, paper):
     """The flags, those that were left away (None) as the chosen loss has them; and the
-    loss, printed."""
+    loss, printed. Raises UserError for a flag in which the loss has no part."""
+    if args.bound_weights > args.paper or args.paper and args.kappa:
+        raise UserError("--bound-weights belongs to --paper, and --kappa to the default loss")
     settings = vars(args) | {k: v for k, v in (paper if args.paper else ours).items()
                              if getattr(args, k, None) is None}
     loss = "-(1-{gamma:g}) A + {gamma:g} (d/P) B" if args.paper else (

@@ -182,6 +182,7 @@ vdu.py --forget-class 2 --gamma 1.5 | argument --gamma: must be from 0 to 1, not
 vdu.py --forget-class 2 {FEW} --t-range 0 0.0004 | --t-range
 vdu.py --forget-class 2 {FEW} --steps 9 --lr 1e30 | the loss became | at step | nothing was
 train_ddpm.py --output x.pt --steps 9 --lr 1e30 | at step 1, after saving step 0 | than 1e+30
+vdu.py --forget-class 2 --bound-weights | --bound-weights belongs to --paper
 vdu.py --forget-class 2 --device abacus | no device 'abacus'
 vdu.py --forget-class eleven | no class 'eleven' | 0; 1; 2; 3
 vdu.py --forget-class 0 1 2 3 4 5 6 7 8 9 | names all classes
@@ -197,7 +198,6 @@ evaluate.py | results/mnist-forget-1/report.json exists | --overwrite
 evaluate.py --after g1.pt --output other | other/g1/after.png exists
 evaluate.py --after g1.pt elsewhere/g1.pt | two files have the same name
 vdu.py --forget-class 1 --checkpoint missing.pt | no checkpoint at missing.pt | train_ddpm.py
-vdu.py --forget-class 1 --checkpoint other | no checkpoint at other: it is a folder
 vdu.py --forget-class 1 --checkpoint cut.pt | cut.pt is damaged or cut short
 vdu.py --forget-class 1 --checkpoint model-00001-of-00002.bin | one shard of several
 vdu.py --forget-class 1 --checkpoint foreign.pt | foreign.pt holds no model
