@@ -73,12 +73,12 @@ class StableDiffusion(namedtuple("_", "unet autoencoder text_encoder tokenizer d
 # Unlearning
 
 OURS = dict(
-    gamma=0.001, lr=0.25, steps=300, batch_size=4,
-    accumulate=4, adam=True,  # batches per step, 16 images in the memory of 4; Adam's steps
+    gamma=0.001, lr=0.25, steps=300, batch_size=2,
+    accumulate=8, adam=True,  # batches per step, 16 images in the memory of 2; Adam's steps
     t_range=[0.2, 1.0], kappa=3.0, until=0.99,
     anchors=48,          # images of other prompts, drawn by theta*
     parameters="cross-attention")  # where the prompt enters: 5% of the U-Net
-PAPER = {**OURS, "gamma": 0.0002, "lr": 0.03, "steps": 200, "accumulate": 1,
+PAPER = {**OURS, "gamma": 0.0002, "lr": 0.03, "steps": 200, "batch_size": 4, "accumulate": 1,
          "t_range": [0.2, 0.7], "kappa": None}
 CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
@@ -572,8 +572,8 @@ def parser():
     gone.add_argument("--images", required=True, help="a folder of images of it")
     gone.add_argument("--output", required=True, help="the unlearned checkpoint")
     gone.add_argument("--parameters", choices=["cross-attention", "all"], help="what moves: 5%% "
-                      "of the U-Net, where the prompt enters (default, 7 GB), or all (20 GB)")
-    gone.add_argument("--accumulate", type=number(int, 1), help="batches per step (default: 4, "
+                      "of the U-Net, where the prompt enters (default, 10 GiB), or all (25 GiB)")
+    gone.add_argument("--accumulate", type=number(int, 1), help="batches per step (default: 8, "
                       "1 with --paper)")
     gone.add_argument("--keep", nargs="+", default=[], help="neighbours of it that must stay")
     add_unlearning_flags(gone, OURS, PAPER)

@@ -284,8 +284,8 @@ class Likeness:
     @torch.no_grad()
     def features(self, xt, t):
         """The middle block's features of x_t (n, C, H, W), pooled: (n, 4 C'), CPU."""
-        chunks = []
-        for x, times in zip(xt.split(250), t.split(250)):
+        chunks, n = [], max(1, min(250, 2**20 // xt[0].numel()))  # at most a million numbers
+        for x, times in zip(xt.split(n), t.split(n)):
             prompts = [p.expand(len(x), *p.shape[1:]) for p in self.prompts]
             with autocast(x.device):
                 h = self.frozen(x, times, *prompts, return_middle=True).cpu()
@@ -351,14 +351,16 @@ class FunctionSpaceObjective(PaperObjective):
     @torch.no_grad()
     def measure_weight(self, levels=25, images=64):
         """lambda(t), (T,), of mean 1: a* measured at 25 levels of noise."""
-        errors, T = [], self.diffusion.T
+        T, n = self.diffusion.T, min(images, self.batch_size)  # no more at once than in a step
+        errors = torch.zeros(levels)
         for level in range(levels):
-            x0, prompts = self.draw_kept(images)
-            t = torch.full((images,), (2 * level + 1) * T // (2 * levels)).to(x0.device)
-            eps_star = lambda xt, t: self.frozen(xt, t, *prompts)
-            errors.append(plasticity_loss(eps_star, self.diffusion, x0, t,
-                                          torch.randn_like(x0)).mean().cpu())
-        weight = torch.stack(errors).rsqrt()[torch.arange(T) * levels // T]
+            for _ in range(0, images, n):
+                x0, prompts = self.draw_kept(n)
+                t = torch.full((n,), (2 * level + 1) * T // (2 * levels)).to(x0.device)
+                eps_star = lambda xt, t: self.frozen(xt, t, *prompts)
+                errors[level] += plasticity_loss(eps_star, self.diffusion, x0, t,
+                                                 torch.randn_like(x0)).mean().cpu()
+        weight = errors.rsqrt()[torch.arange(T) * levels // T]
         return weight / weight.mean()
 
     def draw_kept(self, n):
