@@ -361,24 +361,25 @@ def main(args):
     for path, folder in zip(paths, folders):
         after = load_checkpoint(path, device)
         before = load_checkpoint(args.before, device) if args.before else parent_of(after, device)
-        known = [(c.data["classes"], list(c.config["image_shape"])) for c in (before, after)]
-        if known[0] != known[1]:
-            raise UserError(f"{before.path} and {path} were not trained on one dataset")
         # Count the classes that are named, else those it was told to forget.
         classes = after.data["classes"]
         named = [classes[i] for i in class_indices(args.forget_class or [], classes)]
         forgotten = named or (after.forgotten or {"classes": after.data["excluded"]})["classes"]
         if not forgotten or len(forgotten) >= len(classes) - len(before.data["excluded"]):
             raise UserError("say with --forget-class what to count, and leave at least one class")
-        if before.path not in judges:
-            judges[before.path] = Judge(before, device, args.data_root)
         # The target is the model that was retrained without them, where there is one.
         stem, without = Path(before.path).stem, "-".join(forgotten)
         beside = Path(before.path).with_name(f"{stem}-without-{without}.pt")
-        file = args.retrained or (beside if beside.exists() else None)
+        file = args.retrained or (beside if os.path.exists(beside) else None)
         retrained = load_checkpoint(file, device) if file else None
+        for model in filter(None, (after, retrained)):
+            known = [(c.data["classes"], [*c.config["image_shape"]]) for c in (before, model)]
+            if known[0] != known[1]:
+                raise UserError(f"{before.path} and {model.path} were not trained on one dataset")
         if retrained and sorted(retrained.data["excluded"]) != sorted(forgotten):
             raise UserError(f"{file} was not trained without {', '.join(forgotten)}")
+        if before.path not in judges:
+            judges[before.path] = Judge(before, device, args.data_root)
         report, samples = compare(judges[before.path], after, forgotten, args, retrained)
         reports.append(report)
         write_json(folder / "report.json", report)  # once it exists; again with relearning
@@ -397,7 +398,7 @@ def parser():
     p.add_argument("--after", nargs="+", help="unlearned models (default: the newest)")
     p.add_argument("--before", help="compare with it (default: what it was unlearned from)")
     p.add_argument("--output", default="results", help="folder of reports (default: results)")
-    p.add_argument("--samples", type=number(int, 2), default=2000, help="per model: 2000")
+    p.add_argument("--samples", type=number(int, 4), default=2000, help="per model: 2000")
     p.add_argument("--sampling-steps", type=number(int, 1), default=25, help="per sample: 25")
     p.add_argument("--forget-class", nargs="+", metavar="CLASS", help="count these (default: own)")
     p.add_argument("--bits", type=number(int, 0), default=100, help="images for -log p: 100")

@@ -108,7 +108,8 @@ class PaperObjective:
     bound_weights: C_t of the bound in place of 1.
     context: (M, L, E) encoded prompts, one drawn for each image, where the network
     takes any.  The attribute `unit`, d/P, is what `unlearn` measures L in.  A is shown
-    per dimension and B per parameter.  Raises UserError for an empty t_range."""
+    per dimension and without C_t, B per parameter.  Raises UserError for an empty
+    t_range."""
 
     def __init__(self, diffusion, posterior, forget, gamma, batch_size=64, t_range=(0, 1),
                  context=None, bound_weights=False):
@@ -133,10 +134,10 @@ class PaperObjective:
     def __call__(self, unet):
         x0, t, eps, prompts = self.draw()
         eps_theta = lambda xt, t: unet(xt, t, *prompts)
-        A = plasticity_loss(eps_theta, self.diffusion, x0, t, eps, self.C_t[t]).mean()
+        A = plasticity_loss(eps_theta, self.diffusion, x0, t, eps, self.C_t[t])  # (n,)
         B = self.stability(unet)
-        L = vdu_loss(A, self.unit * B, self.gamma)
-        return L, {"A": A.item() / self.d, "B": B.item() / self.P}
+        L = vdu_loss(A.mean(), self.unit * B, self.gamma)
+        return L, {"A": (A / self.C_t[t]).mean().item() / self.d, "B": B.item() / self.P}
 
     def stability(self, unet):
         """B of those parameters that move."""
@@ -467,7 +468,7 @@ def with_defaults(args, ours, paper):
     loss = "-(1-{gamma:g}) A + {gamma:g} (d/P) B" if args.paper else (
         "(1-{gamma:g}) [rho |eps_theta-eps_target|^2 + (1-rho) |eps_theta-eps_theta*|^2] + "
         "{gamma:g} (d/P) B, kappa {kappa:g}")
-    print("L =", loss.format(**settings))
+    print("L =", loss.format(**settings) + ", A with the bound's C_t" * args.bound_weights)
     return argparse.Namespace(**settings)
 
 
@@ -537,6 +538,7 @@ def main(args):
     run(args, unet, posterior, objective, likeness, save=save,
         sample=lambda: draw(min(CHECK_SAMPLES, args.anchors), args.seed + 2))
     more = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
+    more += "" if classes else " --forget-class CLASS"
     print(f"wrote {output}; measure it: python evaluate.py --after {shlex.quote(output)}{more}")
 
 

@@ -208,7 +208,7 @@ vdu.py --forget-class 2 --posterior moment-0.pt checkpoints/mnist.pt | mean of a
 vdu.py --forget-class 2 --posterior moment-0.pt two.pt | two.pt | unlearned
 evaluate.py --after nan.pt | nan.pt is broken
 evaluate.py --after g1.pt --output o --retrained without-1.pt | was not trained without 3
-evaluate.py --after g1.pt --before letters.pt | letters.pt and g1.pt were not trained on one dataset
+evaluate.py --after g1.pt --output o --retrained letters.pt | not trained on one dataset
 evaluate.py --after elsewhere/g1.pt | /x/mnist.pt, which is gone or another | --before
 train_ddpm.py --resume | checkpoints/mnist.pt is no interrupted run
 train_ddpm.py --resume --output other-images.pt | other-images.pt was trained on other images
@@ -217,7 +217,6 @@ train_ddpm.py --output x.pt --dataset cifar10 | cannot be downloaded | data/cifa
 train_ddpm.py --output x.pt --dataset tiny-imagenet | cannot be downloaded | tiny-imagenet-200
 train_ddpm.py --output x.pt --dataset folder --data-root spoilt | cannot read the image
 vdu.py --forget-class 2 --data-root nowhere | not in nowhere any more | --data-root
-vdu.py --forget-images elsewhere | no images in elsewhere
 """.strip().splitlines()
 
 

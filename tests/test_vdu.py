@@ -232,12 +232,13 @@ def test_the_papers_objective_is_the_sum_of_its_terms(toy):
                                          rel=1e-4)
     objective = PaperObjective(d, posterior, toy_images(9, 1), 0, 25, (0, 1), bound_weights=True)
     torch.manual_seed(1)
-    L = objective(net)[0].item()
+    L, numbers = objective(net)
     torch.manual_seed(1)
     x0, t, eps, _ = objective.draw()
     C_t = d.beta**2 / (2 * d.beta * d.alpha * (1 - d.alpha_bar))  # sigma_t^2 = beta_t
-    A = (C_t[t] * plasticity_loss(net, d, x0, t, eps)).mean().item()
-    assert L == pytest.approx(-A, rel=1e-4)
+    a = plasticity_loss(net, d, x0, t, eps)
+    shown = [(C_t[t] * a).mean().item(), a.mean().item() / 16]
+    assert [-L.item(), numbers["A"]] == pytest.approx(shown, rel=1e-4)
     with pytest.raises(UserError, match="--t-range"):
         PaperObjective(d, posterior, toy_images(9, 1), 0.5, 16, (0.7, 0.7))
     record = unlearn(net, posterior, PaperObjective(d, posterior, x0, 1.0), 0.01, 5)  # stays there
