@@ -245,9 +245,9 @@ def compare(judge, after, names, args, retrained=None):
         count = lambda p: p.argmax(1).bincount(minlength=len(classes)).tolist()
         target = {"checkpoint": retrained.path, "PUL": percentage_of_unlearning(
             a["forgotten_count"], sum(count(q)[i] for i in key))}
-        for name, features, shares in (("", x[:n], p[:n]), ("_by_chance", y[:n], q[:n])):
+        for name, features, guess in (("", x[:n], p[:n]), ("_by_chance", y[:n], q[:n])):
             target["frechet" + name] = frechet_distance(features, y[n:])
-            target["total_variation" + name] = drift(count(shares), count(q[n:]), ())
+            target["total_variation" + name] = drift(count(guess), count(q[n:]), ())
     return {
         "forgotten": names,
         "PUL": percentage_of_unlearning(a["forgotten_count"], b["forgotten_count"]),
@@ -270,7 +270,7 @@ def print_table(reports):
     for r in reports:
         a, b, worst = r["before"], r["after"], r["worst_kept"]
         cells = [", ".join(r["forgotten"])[:14], f"{r['PUL']:.1f}%",
-                 f"{b['u_fid']:.1f} ({r['u_fid_ratio']:.2f}x)", f"{r['drift']:.3f}",
+                 f"{b['u_fid']:.2f} ({r['u_fid_ratio']:.2f}x)", f"{r['drift']:.3f}",
                  f"{str(worst['class'])[:9]}, {100 * worst['share_left']:.0f}%",
                  *(f"{a[key]:.2f} -> {b[key]:.2f}"
                    for key in ("bits_forgotten", "bits_retained", "mean_confidence"))]
