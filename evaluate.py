@@ -175,8 +175,7 @@ def get_classifier(checkpoint, images, labels, test_images, test_labels, device)
 # The report
 
 class Judge:
-    """What models of one parent are measured with: the classifier of its dataset, the
-    features of its real images, and the parent's own samples."""
+    """What models of one parent are measured with: classifier, real images, samples."""
 
     def __init__(self, checkpoint, device, data_root):
         self.checkpoint, self.device = checkpoint, device
@@ -186,16 +185,27 @@ class Judge:
                                                         *test, device)
         self.test = (self.images, self.labels) if test[0] is None else test
         self.real_features, _ = features_and_probabilities(self.classifier, self.images, device)
-        self.samples, self.before = None, {}  # the parent's; what was measured, by class
+        self.looks, self.before = {}, {}  # kept by path; what was measured before, by class
 
-    def measure(self, samples, forgotten, model, bits):
-        """All that is reported of one model's samples (N, C, H, W) uint8: a dict.
+    def look(self, model, args, keep=False):
+        """A model's samples (N, C, H, W) uint8, their features and probabilities."""
+        if model.path in self.looks:
+            return self.looks[model.path]
+        print(f"sampling from {model.path}")
+        samples = draw(model, args.samples, args, progress=True)
+        look = samples, *features_and_probabilities(self.classifier, samples, self.device)
+        if keep:
+            self.looks[model.path] = look
+        return look
+
+    def measure(self, look, forgotten, model, bits):
+        """All that is reported of one model, as `look` returns it: a dict.
         forgotten: indices of classes.  bits: how many forgotten and retained test
         images to bound -log p of, in bits per dimension: what the method claims to
         change, and to keep. The same images, t and eps for every model."""
-        features, probabilities = features_and_probabilities(self.classifier, samples, self.device)
-        classes, gone = self.checkpoint.data["classes"], torch.tensor(forgotten)
+        (_, features, probabilities), classes = look, self.checkpoint.data["classes"]
         counts = probabilities.argmax(1).bincount(minlength=len(classes)).tolist()
+        gone = torch.tensor(forgotten)
         stays = ~torch.isin(self.labels, gone)
         result = {"counts": dict(zip(classes, counts)),
                   "forgotten_count": sum(counts[i] for i in forgotten),
@@ -224,24 +234,18 @@ def compare(judge, after, names, args, retrained=None):
     retrained: a model that never saw them, which stands for p(theta | D_r)."""
     parent, classes = judge.checkpoint, after.data["classes"]
     key = tuple(classes.index(name) for name in names)
-    if judge.samples is None:
-        print(f"sampling from {parent.path}")
-        judge.samples = draw(parent, args.samples, args, progress=True)
-    print(f"sampling from {after.path}")
-    samples = {"before": judge.samples, "after": draw(after, args.samples, args, progress=True)}
+    looks = {"before": judge.look(parent, args, keep=True), "after": judge.look(after, args)}
     if key not in judge.before:
-        judge.before[key] = judge.measure(judge.samples, key, parent, args.bits)
-    a, b = judge.before[key], judge.measure(samples["after"], key, after, args.bits)
+        judge.before[key] = judge.measure(looks["before"], key, parent, args.bits)
+    a, b = judge.before[key], judge.measure(looks["after"], key, after, args.bits)
     counts = [list(r["counts"].values()) for r in (a, b)]
     worst, left = worst_kept(*counts, key)
     target = {}
     if retrained is not None:
-        # All models draw from the same noise, so halves are compared that do not share
-        # it: the first of `after` with the second of the retrained model; and that
-        # model's own, which says what chance alone makes of one model.
-        n, images = args.samples // 2, (samples["after"], draw(retrained, args.samples, args))
-        (x, p), (y, q) = (features_and_probabilities(judge.classifier, image, judge.device)
-                          for image in images)
+        # All draw from the same noise, so halves are compared that do not share it: the
+        # first of `after`, and of the retrained model (by chance), with its second.
+        (_, x, p), (_, y, q) = looks["after"], judge.look(retrained, args, keep=True)
+        n = args.samples // 2
         count = lambda p: p.argmax(1).bincount(minlength=len(classes)).tolist()
         target = {"checkpoint": retrained.path, "PUL": percentage_of_unlearning(
             a["forgotten_count"], sum(count(q)[i] for i in key))}
@@ -259,7 +263,7 @@ def compare(judge, after, names, args, retrained=None):
         "after": {"checkpoint": after.path, **b},
         "classifier_accuracy": judge.accuracy, "settings": vars(args), "data": parent.data,
         "unlearning": after.forgotten,
-    }, samples
+    }, {when: look[0] for when, look in looks.items()}
 
 
 def print_table(reports):
@@ -368,8 +372,7 @@ def main(args):
         if not forgotten or len(forgotten) >= len(classes) - len(before.data["excluded"]):
             raise UserError("say with --forget-class what to count, and leave at least one class")
         # The target is the model that was retrained without them, where there is one.
-        stem, without = Path(before.path).stem, "-".join(forgotten)
-        beside = Path(before.path).with_name(f"{stem}-without-{without}.pt")
+        beside = f"{Path(before.path).with_suffix('')}-without-{'-'.join(forgotten)}.pt"
         file = args.retrained or (beside if os.path.exists(beside) else None)
         retrained = load_checkpoint(file, device) if file else None
         for model in filter(None, (after, retrained)):

@@ -146,11 +146,10 @@ def run_unlearn(args):
                       for i, prompt in enumerate(tqdm(keep, desc="anchors", unit="prompt"))])
     kept_context, empty = model.context(keep).repeat_interleave(each, 0), model.context([""])
     likeness = Likeness(frozen, diffusion, forget, kept, rho, (empty,))
-    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context,
-              args.bound_weights)
-    objective = PaperObjective(*common) if args.paper else PromptedObjective(
-        *common, frozen=frozen, kept=kept, likeness=None, rho=rho, kappa=args.kappa,
-        kept_context=kept_context, empty=empty)
+    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
+    objective = (PaperObjective(*common, bound_weights=args.bound_weights) if args.paper else
+                 PromptedObjective(*common, frozen=frozen, kept=kept, likeness=None, rho=rho,
+                                   kappa=args.kappa, kept_context=kept_context, empty=empty))
     settings = {"concept": args.concept, "images": len(images),
                 "settings": {k: v for k, v in vars(args).items() if k != "run"}}
     run(args, unet, posterior, objective, likeness,

@@ -105,11 +105,10 @@ class PaperObjective:
     diffusion: Diffusion.  posterior: GaussianPosterior of the parameters that move.
     forget: (N, C, H, W) in [-1, 1] (or latents), images of D_f.  gamma: 0 .. 1.
     batch_size: images per call.  t_range: shares of T between which t is drawn.
-    bound_weights: C_t of the bound in place of 1.
-    context: (M, L, E) encoded prompts, one drawn for each image, where the network
-    takes any.  The attribute `unit`, d/P, is what `unlearn` measures L in.  A is shown
-    per dimension and without C_t, B per parameter.  Raises UserError for an empty
-    t_range."""
+    bound_weights: C_t of the bound in place of 1.  context: (M, L, E) encoded prompts,
+    one drawn for each image, where the network takes any.  The attribute `unit`, d/P,
+    is what `unlearn` measures L in.  A is shown per dimension and without C_t, B per
+    parameter.  Raises UserError for an empty t_range."""
 
     def __init__(self, diffusion, posterior, forget, gamma, batch_size=64, t_range=(0, 1),
                  context=None, bound_weights=False):
@@ -331,6 +330,19 @@ def fit_logistic(x, y, decay=0.02, iterations=10):
     return weight[:, :-1], weight[:, -1]
 
 
+def keep_own_samples(frozen, diffusion, forget, generated, rho, seed=0):
+    """Which of theta*'s own samples (M, C, H, W) are not of D_f: each stays with the
+    probability 1 - w(x_0), w first from a fit against all of them, then, better, from
+    one against those that stayed. Returns their indices, on the CPU."""
+    kept = torch.arange(len(generated))
+    draws = torch.rand(len(generated), generator=torch.Generator().manual_seed(seed))
+    for _ in range(2):
+        others = generated[kept.to(generated.device)]
+        w = Likeness(frozen, diffusion, forget, others, rho).of_images(generated).sigmoid()
+        kept = (draws >= w).nonzero().flatten()
+    return kept
+
+
 class FunctionSpaceObjective(PaperObjective):
     """L = (1 - gamma) [ rho E_D_f lambda(t) || eps_theta - eps_target ||^2
           + (1 - rho) E_kept lambda(t) || eps_theta - eps_theta* ||^2 ] + gamma (d/P) B.
@@ -472,19 +484,6 @@ def with_defaults(args, ours, paper):
     return argparse.Namespace(**settings)
 
 
-def keep_own_samples(frozen, diffusion, forget, generated, rho, prompts=(), seed=0):
-    """Which of theta*'s own samples (M, C, H, W) are not of D_f: each stays with the
-    probability 1 - w(x_0), w first from a fit against all of them, then, better, from
-    one against those that stayed. Returns their indices, on the CPU."""
-    kept = torch.arange(len(generated))
-    draws = torch.rand(len(generated), generator=torch.Generator().manual_seed(seed))
-    for _ in range(2):
-        others = generated[kept.to(generated.device)]
-        w = Likeness(frozen, diffusion, forget, others, rho, prompts).of_images(generated).sigmoid()
-        kept = (draws >= w).nonzero().flatten()
-    return kept
-
-
 def main(args):
     """Run the command line. Raises UserError for what the user can put right."""
     args = with_defaults(args, OURS, PAPER)
@@ -522,10 +521,10 @@ def main(args):
     lowest = min(int(args.t_range[0] * Likeness.LEVELS), *Likeness.OF_IMAGES)
     levels = Likeness.OF_IMAGES if args.paper else range(lowest, Likeness.LEVELS)
     likeness = Likeness(frozen, diffusion, forget, kept, rho, levels=levels)
-    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, None,
-              args.bound_weights)
-    objective = PaperObjective(*common) if args.paper else FunctionSpaceObjective(
-        *common, frozen=frozen, kept=kept, likeness=likeness, rho=rho, kappa=args.kappa)
+    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
+    objective = (PaperObjective(*common, bound_weights=args.bound_weights) if args.paper else
+                 FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness,
+                                        rho=rho, kappa=args.kappa))
 
     def save(record):
         forgotten = {"classes": classes, "images_from": args.forget_images, "images": len(forget),
