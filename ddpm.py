@@ -27,6 +27,7 @@ import sys
 import zipfile
 from collections import OrderedDict, namedtuple
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def beta_schedule(name, T):
 
 def stratified_timesteps(n, low, high, device="cpu"):
     """n step indices, one from each n-th of low .. high-1, in random order: (n,) int64.
-    The loss differs a hundredfold between t near 0 and t near T. To cover the range
+    The loss differs a thousandfold between t near 0 and t near T. To cover the range
     evenly within a batch takes that out of the gradient's noise."""
     u = (torch.randperm(n) + torch.rand(n)) / n  # (n,) in [0, 1)
     return (low + u * (high - low)).long().clamp(max=high - 1).to(device)
@@ -129,7 +130,8 @@ class Diffusion(nn.Module):
         """|| eps - eps_theta(x_t, t) ||^2 / D, x_t of q_sample (DDPM eq. 14).
         x0, eps: (B, C, H, W).  t: (B,).  Returns (B,): the squared error per dimension,
         1 for a network that always says 0. Of the bound below it keeps the errors of
-        eps, with C_t = 1, and drops L_T, L_0 and what does not depend on theta."""
+        eps with C_t = 1, that of t = 0 too, where the bound has L_0 over grey levels.
+        It drops L_T, which does not depend on theta, and constants."""
         with autocast(x0.device):
             eps_theta = unet(self.q_sample(x0, t, eps), t)
         return (eps - eps_theta).square().flatten(1).mean(1)  # (B, C, H, W) -> (B,)
@@ -140,8 +142,8 @@ class Diffusion(nn.Module):
 
         x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  This p_theta has
         sigma_t^2 = beta_t, the one that `step` draws from beta tilde_t: two models.
-        steps=None computes every L_{t-1}; steps=S about S of them, close together where
-        t is small and they are large, and sums by the trapezoidal rule.
+        steps=None computes every L_{t-1}; steps=S computes S of them, close together
+        where t is small and they are large, and sums by the trapezoidal rule.
         One draw of eps for each. Returns a dict of float64 tensors, named as in the
         paper:
           "L_T" (B,)     KL(q(x_T | x_0) || N(0, I)): what x_T still knows, no theta
@@ -162,8 +164,11 @@ class Diffusion(nn.Module):
             with autocast(x0.device):
                 return xt, tt, eps, unet(xt, tt)
         # The steps to compute, and the edges between which each of them stands for all.
-        grid = np.unique(np.geomspace(1, self.T - 1, steps).round()) if steps else range(1, self.T)
-        grid = np.array(grid, dtype=int)
+        grid = np.arange(1, self.T)
+        if steps and steps < self.T - 1:
+            i = np.arange(steps)  # whole numbers, each larger than the one before
+            grid = np.maximum.accumulate(np.geomspace(1, self.T - 1, steps).round() - i) + i
+            grid = grid.astype(int)
         edges = np.concatenate([[0.5], (grid[1:] + grid[:-1]) / 2, [self.T - 0.5]])
         L_t = torch.zeros(B, len(grid), dtype=torch.float64)
         for i in reversed(range(len(grid))):
@@ -205,12 +210,13 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()  # not inference_mode, in which autocast caches nothing
     def sample(self, unet, n, shape, steps=None, eta=0.0, seed=0, batch_size=None, clip=True,
-               progress=False):
+               progress=False, series=""):
         """n samples of p_theta, shape (C, H, W): (n, C, H, W) float32, on the CPU.
 
         steps=S: through S evenly spaced steps, all T for None; with eta = 1 that is
-        DDPM's ancestral sampling.  Image i gets its noise from (seed, i) alone, so
-        neither batch_size nor n changes it.  Raises UserError if S is not in 1 .. T, or
+        DDPM's ancestral sampling.  Image i gets its noise from (series, seed, i) alone,
+        so neither batch_size nor n changes it, and two series share nothing, whatever
+        their seeds.  Raises UserError if S is not in 1 .. T, or
         if an image is not finite."""
         if steps is not None and not 1 <= steps <= self.T:
             raise UserError(f"sampling steps must be from 1 to {self.T}, not {steps}")
@@ -225,7 +231,8 @@ class Diffusion(nn.Module):
         with autocast(device), bar:
             for start in range(0, n, batch_size):
                 B = min(batch_size, n - start)
-                streams = [np.random.default_rng([seed, start + i]) for i in range(B)]
+                streams = [np.random.default_rng([crc32(series.encode()), seed, start + i])
+                           for i in range(B)]
                 x = image_noise(streams, shape).to(device)  # x_T ~ N(0, I): (B, C, H, W)
                 for t, t_prev in zip(grid, [*grid[1:], -1]):
                     tt, noisy = torch.full((B,), t, device=device), eta > 0 and t_prev >= 0

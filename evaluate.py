@@ -18,19 +18,21 @@ import contextlib
 import json
 import math
 import os
+from collections import namedtuple
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ddpm import (UserError, add_shared_flags, autocast, check_outputs, digest,
                   load_checkpoint, number, pick_device, read_file, run_command_line,
                   save_checkpoint, training_step, write_atomically)
-from train_ddpm import (class_indices, load_data_of, mirror_half, title_of, to_float,
-                        to_uint8)
+from train_ddpm import class_indices, load_data_of, title_of, to_float, to_uint8
 
 # --------------------------------------------------------------------------------------
 # The metrics: of class counts (one number per class), and of features (N, d)
@@ -45,6 +47,7 @@ def percentage_of_unlearning(n_before, n_after):
 def frechet_distance(features_a, features_b):
     """|| m_a - m_b ||^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of Gaussians.
     features: (N, d).  Returns a float (Dowson & Landau 1982; FID, Heusel et al. 2017).
+    Of few samples it is too large: two halves of one distribution are not at 0.
     In float64, and by the symmetric form of the root: its eigenvalues are real and not
     negative but for rounding, where the usual sqrtm(C_a C_b) can turn complex."""
     a, b = features_a.double().cpu(), features_b.double().cpu()
@@ -99,22 +102,15 @@ class Classifier(nn.Module):
         return self.head(self.body(x))
 
 
-def jitter(x, pad=4):
-    """Mirror half of the images, and shift each by up to `pad` pixels: (B, C, H, W)."""
-    B, C, H, W = x.shape
-    x = F.pad(mirror_half(x), (pad,) * 4, mode="reflect")  # (B, C, H + 2 pad, W + 2 pad)
-    dy, dx = torch.randint(2 * pad + 1, (2, B))
-    rows, columns = dy[:, None] + torch.arange(H), dx[:, None] + torch.arange(W)  # (B, H), (B, W)
-    return x[torch.arange(B)[:, None, None, None], torch.arange(C)[:, None, None],
-             rows[:, None, :, None], columns[:, None, None, :]]
-
-
 def train_classifier(classifier, images, labels, device):
     """AdamW, one cycle: two minutes on two cores. images: (N, C, H, W) uint8."""
     colour = images.shape[1] == 3
     epochs = max(10, 150_000 // len(images)) if colour else max(4, 40_000 // len(images))
     epochs, B = min(60, epochs), min(128, len(images))
     steps = epochs * (len(images) // B)
+    H, W = images.shape[2:]
+    jitter = v2.Compose([v2.RandomHorizontalFlip(),  # another one for each photograph
+                         v2.RandomCrop((H, W), padding=4, padding_mode="reflect")])
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
@@ -122,8 +118,10 @@ def train_classifier(classifier, images, labels, device):
             order = torch.randperm(len(images))
             for batch in order.split(B)[: len(images) // B]:
                 x = to_float(images[batch])
+                if colour:
+                    x = torch.stack([jitter(image) for image in x])
                 with autocast(device):
-                    logits = classifier((jitter(x) if colour else x).to(device))
+                    logits = classifier(x.to(device))
                 loss = F.cross_entropy(logits.float(), labels[batch].to(device))
                 loss.backward()
                 optimizer.step()
@@ -146,9 +144,10 @@ def features_and_probabilities(classifier, images, device):
 
 
 def get_classifier(checkpoint, images, labels, test_images, test_labels, device):
-    """(the dataset's classifier, its test accuracy): trained once, and kept in a file.
-    images, labels: the training images, of every class; their digest is in the file's
-    name. Without a test part (None), every fifth of them is held out to test on."""
+    """(the dataset's classifier, its test accuracy per class, nan where none is tested).
+    Trained once, and kept in a file. images, labels: the training images, of every
+    class; their digest is in the file's name. Without a test part (None), a fifth of
+    each class is held out to test on."""
     data = checkpoint.data
     path = Path("checkpoints") / f"pooled-classifier-{title_of(data)}-{digest([images, labels])}.pt"
     torch.manual_seed(0)
@@ -157,62 +156,85 @@ def get_classifier(checkpoint, images, labels, test_images, test_labels, device)
     if path.exists():
         saved = read_file(path)
         classifier.load_state_dict(saved["classifier"])
-        return classifier.eval(), saved["accuracy"]
+        return classifier.eval(), saved["accuracies"]
+
     if test_images is None:
-        held_out = torch.arange(len(images)) % 5 == 0
+        held_out = torch.zeros(len(images), dtype=torch.bool)
+        for i in range(len(data["classes"])):
+            of_class = (labels == i).nonzero().flatten()
+            held_out[of_class[1::5]] = True  # the first of all is learned, the second tested
         test_images, test_labels = images[held_out], labels[held_out]
         images, labels = images[~held_out], labels[~held_out]
     if len(images) < 8:
         raise UserError(f"a classifier needs at least 8 images to learn from, not {len(images)}")
     train_classifier(classifier, images, labels, device)
+
     predicted = features_and_probabilities(classifier.eval(), test_images, device)[1].argmax(1)
-    accuracy = (predicted == test_labels).float().mean().item()
-    save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracy": accuracy})
-    return classifier, accuracy
+    right = (predicted == test_labels).float()
+    accuracies = [right[test_labels == i].mean().item() for i in range(len(data["classes"]))]
+    save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracies": accuracies})
+    return classifier, accuracies
 
 
 # --------------------------------------------------------------------------------------
 # The report
 
+class Look(namedtuple("_", "samples features classes counts confidence")):
+    """A model's samples as the classifier sees them: (N, C, H, W) uint8, (N, d), (N,)
+    class indices, how many of each class, and how sure it is of them in the mean."""
+
+
 class Judge:
     """What models of one parent are measured with: classifier, real images, samples."""
 
     def __init__(self, checkpoint, device, data_root):
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint = checkpoint
+        self.device = device
         self.images, self.labels = load_data_of(checkpoint, data_root)
         test = load_data_of(checkpoint, data_root, train=False)
-        self.classifier, self.accuracy = get_classifier(checkpoint, self.images, self.labels,
-                                                        *test, device)
+        self.classifier, self.accuracies = get_classifier(checkpoint, self.images, self.labels,
+                                                          *test, device)
         self.test = (self.images, self.labels) if test[0] is None else test
         self.real_features, _ = features_and_probabilities(self.classifier, self.images, device)
-        self.looks, self.before = {}, {}  # kept by path; what was measured before, by class
+        self.looks = {}   # of models that are met again, by path and noise
+        self.before = {}  # what was measured of the parent, by forgotten classes
 
-    def look(self, model, args, keep=False):
-        """A model's samples (N, C, H, W) uint8, their features and probabilities."""
-        if model.path in self.looks:
-            return self.looks[model.path]
+    def look(self, model, args, series="", keep=False):
+        """A Look at a model. series: models of another one share no noise with it."""
+        if (model.path, series) in self.looks:
+            return self.looks[model.path, series]
         print(f"sampling from {model.path}")
-        samples = draw(model, args.samples, args, progress=True)
-        look = samples, *features_and_probabilities(self.classifier, samples, self.device)
+        samples = draw(model, args.samples, args, series, progress=True)
+        features, probabilities = features_and_probabilities(self.classifier, samples, self.device)
+        classes = probabilities.argmax(1)
+        counts = classes.bincount(minlength=probabilities.shape[1]).tolist()
+        confidence = probabilities.max(1).values.mean().item()
+        look = Look(samples, features, classes, counts, confidence)
         if keep:
-            self.looks[model.path] = look
+            self.looks[model.path, series] = look
         return look
 
     def measure(self, look, forgotten, model, bits):
-        """All that is reported of one model, as `look` returns it: a dict.
+        """All that is reported of one model: a dict.
         forgotten: indices of classes.  bits: how many forgotten and retained test
         images to bound -log p of, in bits per dimension: what the method claims to
         change, and to keep. The same images, t and eps for every model."""
-        (_, features, probabilities), classes = look, self.checkpoint.data["classes"]
-        counts = probabilities.argmax(1).bincount(minlength=len(classes)).tolist()
         gone = torch.tensor(forgotten)
-        stays = ~torch.isin(self.labels, gone)
-        result = {"counts": dict(zip(classes, counts)),
-                  "forgotten_count": sum(counts[i] for i in forgotten),
-                  "mean_confidence": probabilities.max(1).values.mean().item(),
-                  "u_fid": frechet_distance(features, self.real_features[stays])}
-        generator, mask = torch.Generator().manual_seed(0), torch.isin(self.test[1], gone)
-        for name, of_kind in (("bits_forgotten", mask), ("bits_retained", ~mask)):
+        real = self.real_features[~torch.isin(self.labels, gone)]
+        deleted = look.features[~torch.isin(look.classes, gone)]
+        result = {"counts": dict(zip(self.checkpoint.data["classes"], look.counts)),
+                  "forgotten_count": sum(look.counts[i] for i in forgotten),
+                  "mean_confidence": look.confidence,
+                  "u_fid": frechet_distance(look.features, real),
+                  "u_fid_of_perfect_deletion": math.nan,
+                  # that of samples which are all alike, in the middle of the real images
+                  "u_fid_of_a_point": torch.cov(real.T).trace().item()}
+        if len(deleted) > 1:
+            result["u_fid_of_perfect_deletion"] = frechet_distance(deleted, real)
+
+        generator = torch.Generator().manual_seed(0)
+        is_gone = torch.isin(self.test[1], gone)
+        for name, of_kind in (("bits_forgotten", is_gone), ("bits_retained", ~is_gone)):
             of_kind = of_kind.nonzero().flatten()
             chosen = of_kind[torch.randperm(len(of_kind), generator=generator)[:bits]]
             result[name] = math.nan
@@ -223,69 +245,138 @@ class Judge:
         return result
 
 
-def draw(model, n, args, progress=False):
-    """n samples of a Checkpoint's model, uint8: the same noise for every model."""
-    return to_uint8(model.diffusion.sample(model.unet, n, model.config["image_shape"],
-                                           args.sampling_steps, 1.0, args.seed, progress=progress))
+def draw(model, n, args, series="", progress=False):
+    """n samples of a Checkpoint's model, uint8: of one series, the same noise."""
+    return to_uint8(model.diffusion.sample(
+        model.unet, n, model.config["image_shape"], args.sampling_steps, 1.0, args.seed,
+        progress=progress, series=series))
 
 
-def compare(judge, after, names, args, retrained=None):
+def against_retraining(before, after, retrained, forgotten):
+    """How much of the distance to the retrained model is left: a dict.
+
+    before, after: Looks.  retrained: those of one or two models, of other seeds, that
+    never saw the forgotten classes, which stand for p(theta | D_r). Of distances to
+    both the mean is taken; how far the two lie apart is the floor, nan for one.
+    "left" = (after - floor) / (before - floor): 0 is a retrained model, 1 is untouched.
+    Every Frechet distance of n samples is too large, by about as much as the floor is,
+    which the subtraction removes."""
+    result = {"PUL": [], "drift": math.nan, "worst_kept": (None, math.nan)}
+    n_before = sum(before.counts[i] for i in forgotten)
+    for look in retrained:
+        n = sum(look.counts[i] for i in forgotten)
+        result["PUL"].append(percentage_of_unlearning(n_before, n))
+    if len(retrained) == 2:
+        counts = [look.counts for look in retrained]
+        result["drift"] = drift(*counts, forgotten)
+        result["worst_kept"] = min(worst_kept(*counts, forgotten),
+                                   worst_kept(*counts[::-1], forgotten), key=itemgetter(1))
+
+    def frechet(a, b):
+        return frechet_distance(a.features, b.features)
+
+    def total_variation(a, b):
+        return drift(a.counts, b.counts, ())
+
+    for distance in (frechet, total_variation):
+        to_after = sum(distance(after, look) for look in retrained) / len(retrained)
+        to_before = sum(distance(before, look) for look in retrained) / len(retrained)
+        floor = distance(*retrained) if len(retrained) == 2 else math.nan
+        result[distance.__name__] = {"after": to_after, "before": to_before, "floor": floor,
+                                     "left": (to_after - floor) / (to_before - floor)}
+    return result
+
+
+TOO_FEW = 20        # of the class, before: a share of fewer says little
+ACCURATE = 0.8      # below it, the classifier's counts say little
+
+
+def compare(judge, after, names, args, retrained=()):
     """(report, samples) of the models before and after; names: forgotten classes.
-    retrained: a model that never saw them, which stands for p(theta | D_r)."""
+    retrained: as in against_retraining, but Checkpoints."""
     parent, classes = judge.checkpoint, after.data["classes"]
     key = tuple(classes.index(name) for name in names)
     looks = {"before": judge.look(parent, args, keep=True), "after": judge.look(after, args)}
     if key not in judge.before:
         judge.before[key] = judge.measure(looks["before"], key, parent, args.bits)
     a, b = judge.before[key], judge.measure(looks["after"], key, after, args.bits)
-    counts = [list(r["counts"].values()) for r in (a, b)]
-    worst, left = worst_kept(*counts, key)
+    worst, left = worst_kept(looks["before"].counts, looks["after"].counts, key)
+
     target = {}
-    if retrained is not None:
-        # All draw from the same noise, so halves are compared that do not share it: the
-        # first of `after`, and of the retrained model (by chance), with its second.
-        (_, x, p), (_, y, q) = looks["after"], judge.look(retrained, args, keep=True)
-        n = args.samples // 2
-        count = lambda p: p.argmax(1).bincount(minlength=len(classes)).tolist()
-        target = {"checkpoint": retrained.path, "PUL": percentage_of_unlearning(
-            a["forgotten_count"], sum(count(q)[i] for i in key))}
-        for name, features, guess in (("", x[:n], p[:n]), ("_by_chance", y[:n], q[:n])):
-            target["frechet" + name] = frechet_distance(features, y[n:])
-            target["total_variation" + name] = drift(count(guess), count(q[n:]), ())
+    if retrained:
+        others = [judge.look(model, args, f"retrained {i}", keep=True)
+                  for i, model in enumerate(retrained)]
+        target = {"checkpoints": [model.path for model in retrained],
+                  **against_retraining(looks["before"], looks["after"], others, key)}
+
+    # The classifier counts whatever it is shown, noise too.
+    tested = [x for x in judge.accuracies if not math.isnan(x)]
+    accuracy = sum(tested) / max(1, len(tested))
+    warnings = []
+    if b["u_fid"] >= 10 * a["u_fid"]:
+        warnings.append("u-FID grew more than tenfold")
+    if a["u_fid"] >= a["u_fid_of_a_point"]:
+        warnings.append("the model before draws nothing like the images")
+    if accuracy < ACCURATE:
+        warnings.append(f"the classifier is right on {100 * accuracy:.0f}% alone")
+    if a["forgotten_count"] < TOO_FEW:
+        warnings.append(f"{a['forgotten_count']} before are too few for a PUL: more --samples")
+
     return {
         "forgotten": names,
         "PUL": percentage_of_unlearning(a["forgotten_count"], b["forgotten_count"]),
-        "u_fid_ratio": b["u_fid"] / a["u_fid"],
-        "drift": drift(*counts, key),
+        "drift": drift(looks["before"].counts, looks["after"].counts, key),
         "worst_kept": {"class": None if worst is None else classes[worst], "share_left": left},
-        "recognisable": b["u_fid"] < 10 * a["u_fid"],  # the classifier is sure of noise, too
-        "retrained": target, "before": {"checkpoint": parent.path, **a},
+        "warnings": warnings,
+        "retrained": target,
+        "before": {"checkpoint": parent.path, **a},
         "after": {"checkpoint": after.path, **b},
-        "classifier_accuracy": judge.accuracy, "settings": vars(args), "data": parent.data,
-        "unlearning": after.forgotten,
-    }, {when: look[0] for when, look in looks.items()}
+        "classifier_accuracy": accuracy,
+        "classifier_accuracy_on_forgotten": [judge.accuracies[i] for i in key],
+        "settings": vars(args), "data": parent.data, "unlearning": after.forgotten,
+    }, {when: look.samples for when, look in looks.items()}
 
 
 def print_table(reports):
-    """A row per model; under it the distance to the retrained one, if there is any."""
+    """A row per model; under it what to beware of, and the distance to retraining."""
     width = 2 + max(len(r["after"]["checkpoint"]) for r in reports)
-    titles = "forgotten PUL u-FID drift worst_kept bits_of_D_f bits_of_D_r confidence".split()
-    print(" " * width + "".join(f"{title:>16}" for title in titles))
+    titles = ("forgotten", "count", "PUL", "u-FID", "if deleted", "drift", "worst kept",
+              "bits of D_f", "bits of D_r")
+    print(" " * width + "".join(f"{title:>15}" for title in titles))
     for r in reports:
         a, b, worst = r["before"], r["after"], r["worst_kept"]
-        cells = [", ".join(r["forgotten"])[:14], f"{r['PUL']:.1f}%",
-                 f"{b['u_fid']:.2f} ({r['u_fid_ratio']:.2f}x)", f"{r['drift']:.3f}",
-                 f"{str(worst['class'])[:9]}, {100 * worst['share_left']:.0f}%",
-                 *(f"{a[key]:.2f} -> {b[key]:.2f}"
-                   for key in ("bits_forgotten", "bits_retained", "mean_confidence"))]
-        print(f"{b['checkpoint']:{width}}" + "".join(f"{cell:>16}" for cell in cells))
-        if not r["recognisable"]:
-            print("  WARNING: u-FID grew more than tenfold, the counts mean little: see after.png")
-        if target := r["retrained"]:
-            print("  retrained ({checkpoint}): PUL {PUL:.1f}%; Frechet distance {frechet:.2f} "
-                  "(by chance {frechet_by_chance:.2f}), total variation {total_variation:.3f} "
-                  "({total_variation_by_chance:.3f})".format(**target))
-    print(f"classifier accuracy {100 * r['classifier_accuracy']:.2f}%")
+        pul = f"{r['PUL']:.1f}%"
+        if a["forgotten_count"] < TOO_FEW:
+            pul = "too few"
+        cells = [", ".join(r["forgotten"])[:14],
+                 f"{a['forgotten_count']} -> {b['forgotten_count']}",
+                 pul,
+                 f"{a['u_fid']:.2f} -> {b['u_fid']:.2f}",
+                 f"{a['u_fid_of_perfect_deletion']:.2f}",
+                 f"{r['drift']:.3f}",
+                 f"{str(worst['class'])[:9]}, {100 * worst['share_left']:.0f}%"]
+        for key in ("bits_forgotten", "bits_retained"):
+            cells.append(f"{a[key]:.2f} -> {b[key]:.2f}")
+        print(f"{b['checkpoint']:{width}}" + "".join(f"{cell:>15}" for cell in cells))
+        for warning in r["warnings"]:
+            print(f"  WARNING: {warning}; the counts mean little: see the pictures")
+        if r["retrained"]:
+            print_distance(r["retrained"])
+        on_forgotten = ", ".join(f"{100 * x:.1f}%" for x in r["classifier_accuracy_on_forgotten"])
+        print(f"  the classifier is right on {100 * r['classifier_accuracy']:.1f}% of the images, "
+              f"on {on_forgotten} of the forgotten class; N = {sum(a['counts'].values()):,} samples")
+
+
+def print_distance(target):
+    """The lines of a report about the retrained models."""
+    pul = ", ".join(f"{x:.1f}%" for x in target["PUL"])
+    print(f"  retrained ({', '.join(target['checkpoints'])}): PUL {pul}; between the two, drift "
+          f"{target['drift']:.3f}, worst kept {100 * target['worst_kept'][1]:.0f}%")
+    for name in ("frechet", "total_variation"):
+        said = "  distance to it, {name}: {after:.3f}, before {before:.3f}, floor {floor:.3f}; left {left:.2f}"
+        print(said.format(name=name, **target[name]))
+    if len(target["checkpoints"]) < 2:
+        print("  the floor is missing: it takes two models, retrained from two seeds")
 
 
 def relearning(judge, model, names, args, images=100, lr=2e-4):
@@ -300,13 +391,15 @@ def relearning(judge, model, names, args, images=100, lr=2e-4):
     generator = torch.Generator().manual_seed(args.seed)
     chosen = of_class[torch.randperm(len(of_class), generator=generator)[:images]]
     x = to_float(judge.images[chosen]).to(judge.device)  # (K, C, H, W)
-    marks = sorted({round(args.relearn * share) for share in (0, 0.1, 0.25, 0.5, 1)})
+    marks = [n for n in (0, 2, 5, 10, 20, 50, 100, 200, 500) if n < args.relearn]
+    marks.append(args.relearn)
     n, shares = min(args.samples, 500), []
     optimizer = torch.optim.AdamW(model.unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
     torch.manual_seed(args.seed)
     for step in tqdm(range(marks[-1] + 1), desc="relearning", unit="step"):
         if step in marks:
-            _, p = features_and_probabilities(judge.classifier, draw(model, n, args), judge.device)
+            samples = draw(model, n, args)
+            _, p = features_and_probabilities(judge.classifier, samples, judge.device)
             shares.append(torch.isin(p.argmax(1), forgotten).float().mean().item())
         if step < marks[-1]:
             batch = x[torch.randint(len(x), (64,)).to(x.device)]
@@ -372,15 +465,18 @@ def main(args):
         if not forgotten or len(forgotten) >= len(classes) - len(before.data["excluded"]):
             raise UserError("say with --forget-class what to count, and leave at least one class")
         # The target is the model that was retrained without them, where there is one.
-        beside = f"{Path(before.path).with_suffix('')}-without-{'-'.join(forgotten)}.pt"
-        file = args.retrained or (beside if os.path.exists(beside) else None)
-        retrained = load_checkpoint(file, device) if file else None
-        for model in filter(None, (after, retrained)):
+        without = f"{Path(before.path).with_suffix('')}-without-{'-'.join(forgotten)}"
+        beside = [file for file in (f"{without}.pt", f"{without}-again.pt") if os.path.exists(file)]
+        retrained = [load_checkpoint(file, device) for file in args.retrained or beside]
+        for model in (after, *retrained):
             known = [(c.data["classes"], [*c.config["image_shape"]]) for c in (before, model)]
             if known[0] != known[1]:
                 raise UserError(f"{before.path} and {model.path} were not trained on one dataset")
-        if retrained and sorted(retrained.data["excluded"]) != sorted(forgotten):
-            raise UserError(f"{file} was not trained without {', '.join(forgotten)}")
+        for model in retrained:
+            if sorted(model.data["excluded"]) != sorted(forgotten):
+                raise UserError(f"{model.path} was not trained without {', '.join(forgotten)}")
+        if len(retrained) > 2:
+            raise UserError("--retrained takes one model or two")
         if before.path not in judges:
             judges[before.path] = Judge(before, device, args.data_root)
         report, samples = compare(judges[before.path], after, forgotten, args, retrained)
@@ -406,7 +502,8 @@ def parser():
     p.add_argument("--forget-class", nargs="+", metavar="CLASS", help="count these (default: own)")
     p.add_argument("--bits", type=number(int, 0), default=100, help="images for -log p: 100")
     p.add_argument("--relearn", type=number(int, 0), default=0, help="train N steps on the class")
-    p.add_argument("--retrained", help="without the class (default: PARENT-without-CLASS.pt)")
+    p.add_argument("--retrained", nargs="+", metavar="FILE", help="one or two, without the class "
+                   "(default: PARENT-without-CLASS.pt and PARENT-without-CLASS-again.pt)")
     p.add_argument("--data-root", help="folder of the dataset (default: as in training)")
     add_shared_flags(p)
     return p

@@ -38,7 +38,8 @@ from evaluate import write_images
 from train_ddpm import GaussianPosterior, load_images, to_float, to_uint8
 from unet import UNet, normalization, split_heads
 from vdu import (FunctionSpaceObjective, Likeness, PaperObjective, add_unlearning_flags,
-                 frozen_copy, guessed_posterior, run, with_defaults)
+                 count_evaluations, frozen_network, guessed_posterior, middle_features, run,
+                 with_defaults)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -75,11 +76,11 @@ class StableDiffusion(namedtuple("_", "unet autoencoder text_encoder tokenizer d
 OURS = dict(
     gamma=0.001, lr=0.25, steps=300, batch_size=2,
     accumulate=8, adam=True,  # batches per step, 16 images in the memory of 2; Adam's steps
-    t_range=[0.2, 1.0], kappa=3.0, until=0.99,
+    t_range=[0.2, 1.0],
     anchors=48,          # images of other prompts, drawn by theta*
     parameters="cross-attention")  # where the prompt enters: 5% of the U-Net
 PAPER = {**OURS, "gamma": 0.0002, "lr": 0.03, "steps": 200, "batch_size": 4, "accumulate": 1,
-         "t_range": [0.2, 0.7], "kappa": None}
+         "t_range": [0.2, 0.7]}
 CHECK_SAMPLES = 16
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
@@ -95,14 +96,16 @@ class PromptedObjective(FunctionSpaceObjective):
     the empty prompt, and eps_f that of the concept's: the minimum can be written down.
     (It is the target of ESD, Gandikota et al. 2023.)  empty: (1, L, E)."""
 
+    K = 3.0  # how far past: the odds that an image drawn for the concept shows it
+
     def __init__(self, *args, empty, **kwargs):
         self.empty = empty
         super().__init__(*args, **kwargs)
 
     def eps_target(self, xt, t, eps, eps_star):
-        """eps_theta* + kappa (eps_theta* - eps_f)."""
+        """eps_theta* + K (eps_theta* - eps_f)."""
         everything = self.frozen(xt, t, self.empty.expand(len(xt), -1, -1)).float()
-        return everything + self.kappa * (everything - eps_star)
+        return everything + self.K * (everything - eps_star)
 
 
 def run_unlearn(args):
@@ -131,9 +134,10 @@ def run_unlearn(args):
     origin = f"posterior of {posterior.n} checkpoints (of 1: sigma* is guessed)"
     print(f"forgetting {args.concept!r}: images {len(images)}, of {args.size} pixels, moving "
           f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, "
-          f"steps: at most {args.steps}, on {device}; {origin}")
+          f"steps: {args.steps}, on {device}; {origin}")
     # D_f as latents with its prompts; and what theta* draws for others.
-    frozen = frozen_copy(unet, posterior)
+    counter = count_evaluations(unet)
+    frozen = frozen_network(unet, posterior)
     forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
                         for image in tqdm(images, desc="encoding", unit="image")])
     context = model.context([template.format(args.concept) for template in TEMPLATES])
@@ -145,16 +149,25 @@ def run_unlearn(args):
     kept = torch.cat([draw(prompt, each, args.seed + 1 + i)
                       for i, prompt in enumerate(tqdm(keep, desc="anchors", unit="prompt"))])
     kept_context, empty = model.context(keep).repeat_interleave(each, 0), model.context([""])
-    likeness = Likeness(frozen, diffusion, forget, kept, rho, (empty,))
+    # w tells D_f from these, of which none is of D_f: with D_f among them the share is known.
+    both = torch.cat([forget, kept])
+    likeness = Likeness(middle_features(frozen, diffusion, (empty,)), forget, both,
+                        len(forget) / len(both))
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
-    objective = (PaperObjective(*common, bound_weights=args.bound_weights) if args.paper else
-                 PromptedObjective(*common, frozen=frozen, kept=kept, likeness=None, rho=rho,
-                                   kappa=args.kappa, kept_context=kept_context, empty=empty))
-    settings = {"concept": args.concept, "images": len(images),
-                "settings": {k: v for k, v in vars(args).items() if k != "run"}}
-    run(args, unet, posterior, objective, likeness,
-        sample=lambda: draw(TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.seed),
-        save=lambda record: save(args.output, args.checkpoint, moving, {**settings, **record}))
+    if args.paper:
+        objective = PaperObjective(*common, bound_weights=args.bound_weights)
+    else:
+        objective = PromptedObjective(*common, frozen=frozen, kept=kept, rho=rho,
+                                      kept_context=kept_context, empty=empty)
+
+    def draw_concept():
+        return draw(TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.seed)
+
+    record, _ = run(args, unet, posterior, objective, likeness, draw_concept(), draw_concept)
+    settings = {k: v for k, v in vars(args).items() if k != "run"}
+    record |= {"concept": args.concept, "images": len(images), "settings": settings, **counter}
+    save(args.output, args.checkpoint, moving, record)
+    print(f"cost: {counter['evaluations']:,} evaluations of the U-Net for one image")
     files = f"{shlex.quote(args.checkpoint)} {shlex.quote(args.output)}"
     print(f"wrote {args.output}; look at it: python sd_unlearn.py sample --checkpoint {files} ...")
 

@@ -37,9 +37,11 @@ def timestep_embedding(t, dim, sin_first=False):
     return F.pad(torch.cat(emb, dim=1), (0, dim % 2))  # (B, dim)
 
 
-def normalization(channels, eps=1e-5):
-    """GroupNorm in 32 groups, or in the most that divide both 32 and `channels`."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+def normalization(channels, eps=1e-5, groups=32):
+    """GroupNorm in `groups` groups, or in the most that divide `channels`, too.
+    It takes the mean out of each group. A group of one channel so loses that channel's
+    own mean, which is how dark the image is: see `groups` in UNet."""
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=eps)
 
 
 def zero_module(module):
@@ -52,14 +54,14 @@ def zero_module(module):
 class ResBlock(nn.Module):
     """x + f(x, t): two 3x3 convolutions with the time embedding added between them."""
 
-    def __init__(self, channels, out_channels, emb_channels, dropout, norm_eps=1e-5):
+    def __init__(self, channels, out_channels, emb_channels, dropout, norm_eps=1e-5, groups=32):
         super().__init__()
         self.in_layers = nn.Sequential(
-            normalization(channels, norm_eps), nn.SiLU(),
+            normalization(channels, norm_eps, groups), nn.SiLU(),
             nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            normalization(out_channels, norm_eps), nn.SiLU(), nn.Dropout(dropout),
+            normalization(out_channels, norm_eps, groups), nn.SiLU(), nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -74,10 +76,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """x + attention(x): every pixel attends to every pixel, near or far."""
 
-    def __init__(self, channels, num_heads, norm_eps=1e-5):
+    def __init__(self, channels, num_heads, norm_eps=1e-5, groups=32):
         super().__init__()
         self.num_heads = num_heads
-        self.norm = normalization(channels, norm_eps)
+        self.norm = normalization(channels, norm_eps, groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -228,6 +230,9 @@ class UNet(nn.Module):
                            but v is of unit scale at every t, where eps_theta itself
                            must near t = T copy x_t through all layers to within
                            sqrt(abar_t), which is more than bfloat16 can give.
+    groups                 of each normalization: 32 in the published networks. A narrow
+                           network needs fewer, of four channels at least each (as in
+                           Karras et al. 2022): else it cannot see how dark black is.
     norm_eps, sin_first, pad_end
                            1e-6, True, True in DDPM's published weights; see
                            normalization, timestep_embedding, Downsample."""
@@ -235,7 +240,7 @@ class UNet(nn.Module):
     def __init__(self, in_channels=1, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
                  attention_resolutions=(2,), num_heads=4, dropout=0.0, patch_size=1,
                  alpha_bar=None, context_dim=None, norm_eps=1e-5, sin_first=False, pad_end=False,
-                 head_channels=None):
+                 head_channels=None, groups=32):
         super().__init__()
         self.model_channels, self.sin_first, self.patch_size = model_channels, sin_first, patch_size
         # The schedule belongs to ddpm.py: persistent=False keeps it out of state_dict.
@@ -243,12 +248,12 @@ class UNet(nn.Module):
 
         E = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, E), nn.SiLU(), nn.Linear(E, E))
-        residual = lambda channels, out: ResBlock(channels, out, E, dropout, norm_eps)
+        residual = lambda channels, out: ResBlock(channels, out, E, dropout, norm_eps, groups)
 
         def attention(channels):
             heads = channels // head_channels if head_channels else num_heads
             if context_dim is None:
-                return AttentionBlock(channels, heads, norm_eps)
+                return AttentionBlock(channels, heads, norm_eps, groups)
             return SpatialTransformer(channels, heads, context_dim)
         # Down: at each level residual blocks, with attention at the sizes that ask for
         # it, then half the size. Every block's output is kept for the way up.
@@ -288,7 +293,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
         # A zero at the end: eps_theta starts as 0 (or, with alpha_bar, as x_t's share).
         last = zero_module(nn.Conv2d(ch, io_channels, 3, padding=1))
-        self.out = nn.Sequential(normalization(ch, norm_eps), nn.SiLU(), last)
+        self.out = nn.Sequential(normalization(ch, norm_eps, groups), nn.SiLU(), last)
 
     def forward(self, x, t, context=None, return_middle=False):
         """x: (B, C, H, W) images x_t.  t: (B,) indices.  Returns eps_theta, like x.

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 from torch.func import functional_call
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, logsigmoid
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from ddpm import (StopRequest, UserError, add_shared_flags, autocast, check_outputs, digest,
-                  load_checkpoint, number, pick_device, run_command_line, save_checkpoint,
-                  stratified_timesteps)
+from ddpm import (UserError, add_shared_flags, autocast, check_outputs, digest, load_checkpoint,
+                  number, pick_device, run_command_line, save_checkpoint, stratified_timesteps,
+                  write_atomically)
 from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indices, load_data_of,
                         load_images, to_float)
 
@@ -57,8 +58,9 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 #         -log p(x_0 | theta) <= sum_t C_t E || eps - eps_theta(x_t, t) ||^2 + const.
 #     The sum is the plasticity inducer A; -A stands for log p(D_f | theta). (C_t = 1
 #     is DDPM's training loss and the default; --bound-weights takes the bound's.)
-#     This is the method's one leap: A is an UPPER bound on -log p(D_f | theta), and to
-#     raise an upper bound guarantees nothing about what it bounds. So evaluate.py
+#     This is the method's one leap: A with C_t, plus constants, is an UPPER bound on
+#     -log p(D_f | theta), and to raise an upper bound guarantees nothing about what it
+#     bounds. (With C_t = 1 it is no bound at all.) So evaluate.py
 #     measures the likelihood, too. A has a floor, 0, and no ceiling: without B nothing
 #     holds L; with B a local minimum near mu* is sought.
 #
@@ -70,13 +72,15 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 # The unit in which gamma is measured: A per dimension of an image, B per parameter.
 # With d dimensions and P parameters B is brought to A's size by d/P, so that one gamma
 # means about the same for any image size and network. It is the paper's loss with
-# another name for the same balance (N_f T: from a mean over D_f and t to the sum):
+# another name for the same balance (N_f T: from a mean over D_f and t to the sum, with
+# t_range 0 .. 1):
 #         gamma_paper / (1 - gamma_paper) = N_f T (d/P) gamma / (1 - gamma).
 #
 # What the minimum looks like: near mu*, A ~ A(mu*) + (theta - mu*) . grad A, and L is
-# least at theta_i - mu*_i = (1 - gamma)/gamma (P/d) sigma*_i^2 dA/dtheta_i: every
-# parameter moves along the gradient by its own variance, so loosely determined ones do
-# the forgetting.
+# least at theta_i - mu*_i = (1 - gamma)/gamma (P/d) sigma*_i^2 dA/dtheta_i: there, every
+# parameter has moved along the gradient by its own variance, and loosely determined
+# ones do the forgetting. (SGD in z, with --paper, takes this way from its first step;
+# Adam in z does not, see `unlearn`.)
 
 def plasticity_loss(unet, diffusion, x0, t, eps, C_t=1.0):
     """A of each image: C_t || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1-abar_t) eps, t)
@@ -144,43 +148,49 @@ class PaperObjective:
         return stability_loss(theta, self.posterior)
 
 
-def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed=0, check=None,
+def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed=0,
             progress=False):
     """Move `net`, in place, from mu* towards a minimum of the objective.
 
     net: any nn.Module; those parameters move that require a gradient, and the posterior
     must be of the same.  objective: called with net, returns (loss, dict of numbers to
     show); its `unit`, 1 where it has none, divides the loss.  lr: of the steps in z.
-    adam: its steps in z in place of SGD's.  accumulate: batches per step. check: called
-    after each step with its number, True ends the loop; its `text`, a dict, is shown.
-    Sets torch's global seed; train or eval mode is the caller's choice. Returns
-    {"steps", "first", "last": the numbers of these steps, "moved_rms_sigma"}. Raises
-    UserError if the posterior is of another network, or if loss or weights become
-    infinite or nan; net is at mu* then."""
+    adam: its steps in z in place of SGD's.  accumulate: batches per step.  Sets torch's
+    global seed; train or eval mode is the caller's choice.  Returns {"steps", "before",
+    "after": the objective's numbers, of one and the same batch, "moved_rms_sigma"}.
+    Raises UserError if the posterior is of another network, or if loss or weights
+    become infinite or nan; net is at mu* then."""
     # The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
-    # posterior is N(0, I) and B = |z|^2 / 2: a pinned-down parameter hardly feels A.
-    # (Adam on theta would move each by lr, whatever its sigma*.)
+    # posterior is N(0, I) and B = |z|^2 / 2. SGD in z moves theta_i by lr sigma*_i^2
+    # dL/dtheta_i: what training pinned down hardly moves. (Adam makes all steps of z
+    # alike, so that there each theta_i moves by its own sigma*_i.)
     theta = {k: p for k, p in net.named_parameters() if p.requires_grad}
     check_parameters("the posterior", posterior.mean, theta)
-    torch.manual_seed(seed)
     z = {k: torch.zeros_like(p) for k, p in theta.items()}
     posterior.unwhiten(z, theta)
-    optimizer = (torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99)) if adam else
-                 torch.optim.SGD(z.values(), lr, momentum=0.9))
+    if adam:
+        optimizer = torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99))
+    else:
+        optimizer = torch.optim.SGD(z.values(), lr, momentum=0.9)
     unit = getattr(objective, "unit", 1.0)  # d/P: B's own pull in z is then gamma z
-    history, size, broken = [], math.sqrt(sum(v.numel() for v in z.values())), None
+
+    def measure():
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return objective(net)[1]
+
+    before = measure()
+    broken = None
     with tqdm(range(steps), desc="unlearning", unit="step", disable=not progress) as bar:
         for step in bar:
             if adam:  # whose steps do not shrink by themselves
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
-            batches = []
             for _ in range(accumulate):
                 loss, numbers = objective(net)
                 if not math.isfinite(loss.item()):
                     broken = f"the loss became {loss.item()} at step {step + 1}"
                     break
                 (loss / accumulate).backward()
-                batches.append(numbers)
             if broken:
                 break
             for k, p in theta.items():  # dL/dz = sigma* dL/dtheta, by the chain rule
@@ -189,19 +199,15 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
                 p.grad = None
             optimizer.step()
             posterior.unwhiten(z, theta)
-            history.append({k: sum(b[k] for b in batches) / accumulate for k in numbers})
-            done = check is not None and check(step + 1)
-            bar.set_postfix({k: f"{v:.4g}" for k, v in history[-1].items()}
-                            | getattr(check, "text", {}), refresh=False)
-            if done:
-                break
-    moved = math.sqrt(sum(v.square().sum().item() for v in z.values())) / size
+            bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+
+    squares = sum(v.square().sum().item() for v in z.values())
+    moved = math.sqrt(squares / sum(v.numel() for v in z.values()))
     if broken or not math.isfinite(moved):
         posterior.unwhiten({k: torch.zeros_like(p) for k, p in theta.items()}, theta)
         raise UserError(f"{broken or 'the weights became infinite in the last step'}; nothing was "
                         f"written: try a larger --gamma or a smaller --lr than {lr:g}")
-    first, last = (history[0], history[-1]) if history else ({}, {})
-    return {"steps": len(history), "first": first, "last": last, "moved_rms_sigma": moved}
+    return {"steps": steps, "before": before, "after": measure(), "moved_rms_sigma": moved}
 
 
 # The paper's method ends here: what goes beyond it, then the command line, follow.
@@ -224,223 +230,195 @@ def guessed_posterior(named_parameters, share=0.02):
 # BEYOND THE PAPER, ours, and the default: stability in function space, F, beside B; and
 # A with a floor. (The paper names function space as future work.)
 #
-# (a) theta* = mu* is the model as it was. With the mean DDPM loss over D in place of
-#     -log p(D|theta) / N, and A, as a mean over D_f, of -log p(D_f|theta) / N_f,
-#         -log p(D_r|theta) = N [ F(theta) - rho A(theta) ] + const,    rho = N_f / N,
-#         F = E_D || eps_theta(x_t, t) - eps_theta*(x_t, t) ||^2,
-#     for a squared loss whose minimiser eps_theta* is the conditional mean, so that
-#         E_D || eps - eps_theta ||^2 = E_D || eps - eps_theta* ||^2 + F.
+# (a) theta* = mu* is the model as it was. Put the mean DDPM loss over D in place of
+#     -log p(D | theta) / N, and A, as a mean over D_f, in that of -log p(D_f | theta) /
+#     N_f. Then
+#         -log p(D_r | theta) = N [ F(theta) - rho A(theta) ] + const,    rho = N_f / N,
+#         F = E_D || delta ||^2,    delta = eps_theta(x_t, t) - eps_theta*(x_t, t),
+#     if eps_theta* is the conditional mean of eps, the minimum of a squared loss, since
+#     then E_D || eps - eps_theta ||^2 = E_D || eps - eps_theta* ||^2 + F.
 #     To second order F = (theta - theta*)^T G (theta - theta*), G = E[J^T J] with J the
 #     Jacobian of eps_theta: F sees directions that parameters share, where B measures
-#     each alone. (N F would be B with the full covariance if sigma* were the Laplace
-#     posterior's; sigma* says how far training lets a weight wander.) Samples of theta*
-#     stand for D.
+#     each alone.
 #
-# (b) At one x_t, where a share w of the data is D_f, the minimum of F - rho A is
-#         eps_theta* + w/(1-w) (eps_theta* - eps_f) = E[eps | x_t, D_r],
-#     with eps_f = E[eps | x_t, D_f]: it is what a network retrained without D_f says.
-#     A regression has the same minimum where both kinds draw t alike, and a floor: own
-#     samples of what stays, a share 1-w, go to eps_theta*, images of D_f, a share w, to
-#         eps_target = eps_theta* + 1/(1-w) (eps_theta* - eps).
-#     Its gradient on D_f at theta* is 2 (eps_theta* - eps_target), -1/(1-w) times that
-#     of A, 2 (eps_theta* - eps): the push of -A, that ends by itself. In the code
-#     1/(1-w) = 1 + odds is min(20, 1 + (1 + (kappa - 1) w) odds): the odds as they are
-#     where x_t could be anything, kappa times where it is surely of D_f. kappa = 1 is
-#     Bayes' rule; more gets there in fewer steps.
+# (b) F is a mean over D = D_r u D_f: F = (1-rho) F_r + rho F_f. What belongs to D_f is
+#         F_f - A = E_D_f [ || delta ||^2 - || delta + eps_theta* - eps ||^2 ]
+#                 = -2 E_D_f [ delta . (eps_theta* - eps) ] + const,
+#     so that
+#         F - rho A = (1-rho) F_r - 2 rho E_D_f [ delta . (eps_theta* - eps) ] + const:
+#     D_f pushes, at a constant force, and what stays pulls back. Samples of theta* that
+#     are not of D_f stand for D_r. Where D_r has nothing nothing pulls back, and the
+#     push has no end. || delta ||^2 / K, added on D_f, is the floor:
+#         (1/K) || delta - K (eps_theta* - eps) ||^2
+#             = || delta ||^2 / K - 2 delta . (eps_theta* - eps) + const.
+#     So two regressions do it: what stays is held at eps_theta*, with the weight 1-rho;
+#     D_f is drawn towards eps_target = eps_theta* + K (eps_theta* - eps), with rho/K.
+#     A weight for each t, the same in both, moves no minimum. It is 1/abar_t: errors
+#     count as those of the velocity (see UNet), since at high noise, where it is decided
+#     what an image will show, eps itself hardly depends on it.
 #
-# (c) w comes from theta* itself: a logistic regression in its own features tells D_f
-#     from samples of theta* that are not of D_f. No label and no retained image is
-#     needed. An own sample x_0 stays, by Bayes' rule, with the probability 1 - w(x_0).
+#     The minimum at one x_t, where a share w of the data is of D_f:
+#         eps_theta* + w / (1 - w + w/K) (eps_theta* - eps_f),  eps_f = E[eps | x_t, D_f].
+#     For K = infinity that is E[eps | x_t, D_r], what a network retrained without D_f
+#     predicts, since eps_theta* = w eps_f + (1-w) E[eps | x_t, D_r].
+#
+# (c) Which samples of theta* are of D_f, theta* can say: w(x_0) below. No label and no
+#     retained image is needed. Those with w < SURE stay. (By Bayes' rule each would stay
+#     with the weight 1 - w. But what is held at eps_theta* by mistake holds D_f, too,
+#     and what is left out by mistake is held by its neighbours.)
+
+LEVELS = (0.2, 0.3)  # shares of T at which clean images are judged
+
 
 class Likeness:
-    """w(x_t), how surely x_t is of D_f: a logistic regression per level of noise, in
-    the middle block's pooled features, of images of D_f against other images.
+    """w(x_0), how surely an image is of D_f: a logistic regression in the features of
+    theta*, from images of D_f and theta*'s own samples, of which a share rho is like
+    them (learning from positive and unlabelled data, Elkan & Noto 2008).
 
-    frozen: eps_theta*, called as unet is.  forget: (N, C, H, W).  others: (M, C, H, W),
-    samples of theta* that stay.  rho: share of D_f among all.  prompts: what the
-    network takes beside images and t, for one image.  levels: those of the 20 that are
-    fitted.  images: noisy ones of each kind, per level."""
+    features: images (n, C, H, W) -> (n, d).  forget: (N, C, H, W).  own: (M, C, H, W).
+    Called with images it returns w, (n,), on the CPU.  `of_own`: w of `own`, (M,)."""
 
-    LEVELS, OF_IMAGES = 20, (4, 6)  # clean images are judged at two of the levels
+    def __init__(self, features, forget, own, rho, decay=1e-3):
+        self.features = features
+        x_forget = features(forget)
+        x_own = features(own)
+        self.mean = x_own.mean(0)
+        self.std = x_own.std(0) + 1e-6
+        x = torch.cat([x_forget, x_own]).sub(self.mean).div(self.std)  # (N + M, d)
+        self.weight = torch.zeros(x.shape[1], requires_grad=True)
+        self.bias = torch.tensor(math.log(rho / (1 - rho)), requires_grad=True)
 
-    def __init__(self, frozen, diffusion, forget, others, rho, prompts=(), levels=OF_IMAGES,
-                 images=500):
-        self.frozen, self.diffusion, self.rho, self.prompts = frozen, diffusion, rho, prompts
-        self.row = {level: i for i, level in enumerate(levels)}
-        images = min(images, 10 * min(len(forget), len(others)))  # at most 10 copies of each
-        features = []
-        for level in levels:
-            t = torch.randint(level * diffusion.T // self.LEVELS,
-                              (level + 1) * diffusion.T // self.LEVELS, (2 * images,))
-            x0 = torch.cat([x[torch.randint(len(x), (images,)).to(x.device)]
-                            for x in (forget, others)])
-            xt = diffusion.q_sample(x0, t.to(x0.device), torch.randn_like(x0))
-            features.append(self.features(xt, t.to(x0.device)))
-        x = torch.stack(features)  # (levels, 2 * images, d)
-        self.mean, self.std = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-6
-        is_gone = (torch.arange(2 * images) < images).float().expand(len(levels), -1)
-        self.weight, self.bias = fit_logistic((x - self.mean) / self.std, is_gone)
+        # p(x_0 | D_f) / p(x_0) is w / rho, by Bayes' rule. So of equal heaps of D_f and
+        # of own samples an image is of D_f's with the odds w : rho.
+        def cross_entropy():
+            log_w = logsigmoid(x @ self.weight + self.bias)
+            log_sum = torch.logaddexp(log_w, torch.tensor(math.log(rho)))
+            of_forget = log_w[: len(x_forget)] - log_sum[: len(x_forget)]
+            of_own = math.log(rho) - log_sum[len(x_forget) :]
+            loss = decay * self.weight.square().sum() - of_forget.mean() - of_own.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=200,
+                                      line_search_fn="strong_wolfe")
+        optimizer.step(cross_entropy)
+
+        # The mean of w over own samples is rho: the one thing that is known for certain.
+        with torch.no_grad():
+            scores = x[len(x_forget) :] @ self.weight
+            low, high = -scores.max() - 30, 30 - scores.min()
+            for _ in range(60):
+                middle = (low + high) / 2
+                if (scores + middle).sigmoid().mean() < rho:
+                    low = middle
+                else:
+                    high = middle
+            self.bias = middle
+            self.of_own = (scores + middle).sigmoid()
 
     @torch.no_grad()
-    def features(self, xt, t):
-        """The middle block's features of x_t (n, C, H, W), pooled: (n, 4 C'), CPU."""
-        chunks, n = [], max(1, min(250, 2**20 // xt[0].numel()))  # at most a million numbers
-        for x, times in zip(xt.split(n), t.split(n)):
-            prompts = [p.expand(len(x), *p.shape[1:]) for p in self.prompts]
-            with autocast(x.device):
-                h = self.frozen(x, times, *prompts, return_middle=True).cpu()
-            chunks.append(adaptive_avg_pool2d(h, [min(2, n) for n in h.shape[2:]]).flatten(1))
-        return torch.cat(chunks)
-
-    def log_odds(self, xt, t):
-        """log w/(1-w): (n,), on the CPU."""
-        row = torch.tensor([self.row[n] for n in (t * self.LEVELS // self.diffusion.T).tolist()])
-        x = (self.features(xt, t) - self.mean[row, 0]) / self.std[row, 0]
-        log_ratio = (x * self.weight[row]).sum(1) + self.bias[row]  # as many of each kind
-        return log_ratio + math.log(self.rho / (1 - self.rho))
-
-    def __call__(self, xt, t):
-        """w(x_t): (n,), on the CPU."""
-        return self.log_odds(xt, t).sigmoid()
-
-    def of_images(self, x0):
-        """The log odds of clean images (N, C, H, W), at two levels of noise: (N,)."""
-        generator, total = torch.Generator().manual_seed(0), 0
-        for level in self.OF_IMAGES:
-            t = torch.full((len(x0),), level * self.diffusion.T // self.LEVELS, device=x0.device)
-            eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-            total = total + self.log_odds(self.diffusion.q_sample(x0, t, eps), t)
-        return total / len(self.OF_IMAGES)
-
-
-def fit_logistic(x, y, decay=0.02, iterations=10):
-    """L logistic regressions: x (L, n, d), y (L, n) of 0 and 1 -> (L, d), (L,).
-    Mean cross-entropy + decay |weight|^2, by Newton's method."""
-    x = torch.cat([x, torch.ones_like(x[..., :1])], dim=2)  # the last weight is the bias
-    ridge = torch.full(x.shape[2:], 2 * decay)
-    ridge[-1] = 1e-6
-    weight, n = torch.zeros(x.shape[0], x.shape[2]), x.shape[1]
-    for _ in range(iterations):
-        p = torch.einsum("lnd,ld->ln", x, weight).sigmoid()
-        gradient = torch.einsum("ln,lnd->ld", p - y, x) / n + ridge * weight
-        hessian = (x * (p * (1 - p))[..., None]).transpose(1, 2) @ x / n + ridge.diag()
-        # by Cholesky, since it is positive definite: LU's pivots fail on some threads
-        root = torch.linalg.cholesky(hessian)
-        weight = weight - torch.cholesky_solve(gradient[..., None], root)[..., 0]
-    return weight[:, :-1], weight[:, -1]
-
-
-def keep_own_samples(frozen, diffusion, forget, generated, rho, seed=0):
-    """Which of theta*'s own samples (M, C, H, W) are not of D_f: each stays with the
-    probability 1 - w(x_0), w first from a fit against all of them, then, better, from
-    one against those that stayed. Returns their indices, on the CPU."""
-    kept = torch.arange(len(generated))
-    draws = torch.rand(len(generated), generator=torch.Generator().manual_seed(seed))
-    for _ in range(2):
-        others = generated[kept.to(generated.device)]
-        w = Likeness(frozen, diffusion, forget, others, rho).of_images(generated).sigmoid()
-        kept = (draws >= w).nonzero().flatten()
-    return kept
+    def __call__(self, images):
+        x = (self.features(images) - self.mean) / self.std
+        return (x @ self.weight + self.bias).sigmoid()
 
 
 class FunctionSpaceObjective(PaperObjective):
-    """L = (1 - gamma) [ rho E_D_f lambda(t) || eps_theta - eps_target ||^2
-          + (1 - rho) E_kept lambda(t) || eps_theta - eps_theta* ||^2 ] + gamma (d/P) B.
+    """L = (1 - gamma) [ rho/K E_D_f || eps_theta - eps_target ||^2 / abar_t
+          + (1 - rho) E_kept || eps_theta - eps_theta* ||^2 / abar_t ] + gamma (d/P) B.
 
     Plasticity (A, with a floor), stability in function space, and in parameters (B).
-    lambda(t) = 1 / sqrt(a*(t)) of mean 1, a* the error of theta*: else low t rules.
-    frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), images of theta*.
-    kept_context: (M, L, E), their encoded prompts, where the network takes any.
-    likeness: w(x_t).  kappa: see (b).  Others: PaperObjective's."""
+    frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), theta*'s samples that
+    are not of D_f.  kept_context: (M, L, E), their encoded prompts, where the network
+    takes any.  rho: the share of D_f in the training data.  Others: PaperObjective's."""
 
-    FURTHEST = 20.0  # the largest push past eps_theta*, in multiples of eps_theta* - eps
+    K = 20.0  # how far past eps_theta* the push may lead, in multiples of eps_theta* - eps
+    LEAST = 0.003  # abar_t counts as no less: near t = T it is 0
 
-    def __init__(self, *args, frozen, kept, likeness, rho, kappa, kept_context=None, **kwargs):
+    def __init__(self, *args, frozen, kept, rho, kept_context=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.frozen, self.kept, self.kept_context = frozen, kept, kept_context
-        self.likeness, self.rho, self.kappa = likeness, rho, kappa
-        self.weight = self.measure_weight().to(kept.device)
-
-    @torch.no_grad()
-    def measure_weight(self, levels=25, images=64):
-        """lambda(t), (T,), of mean 1: a* measured at 25 levels of noise."""
-        T, n = self.diffusion.T, min(images, self.batch_size)  # no more at once than in a step
-        errors = torch.zeros(levels)
-        for level in range(levels):
-            for _ in range(0, images, n):
-                x0, prompts = self.draw_kept(n)
-                t = torch.full((n,), (2 * level + 1) * T // (2 * levels)).to(x0.device)
-                eps_star = lambda xt, t: self.frozen(xt, t, *prompts)
-                errors[level] += plasticity_loss(eps_star, self.diffusion, x0, t,
-                                                 torch.randn_like(x0)).mean().cpu()
-        weight = errors.rsqrt()[torch.arange(T) * levels // T]
-        return weight / weight.mean()
+        self.frozen = frozen
+        self.kept = kept
+        self.kept_context = kept_context
+        self.rho = rho
 
     def draw_kept(self, n):
         """n of the kept images, and their prompts, () for none."""
         index = torch.randint(len(self.kept), (n,)).to(self.kept.device)
-        context = self.kept_context
-        return self.kept[index], () if context is None else (context[index],)
+        if self.kept_context is None:
+            return self.kept[index], ()
+        return self.kept[index], (self.kept_context[index],)
 
     def __call__(self, unet):
-        n, device = self.batch_size, self.forget.device
+        n = self.batch_size
+        device = self.forget.device
         x0, t, eps, prompts = self.draw()
         kept, kept_prompts = self.draw_kept(n)
-        # Own samples hold most where D_f pushes: half their t are of t_range.
-        t = torch.cat([t, stratified_timesteps(n // 2, self.low, self.high, device),
-                       stratified_timesteps(n - n // 2, 0, self.diffusion.T, device)])
-        x0, eps = torch.cat([x0, kept]), torch.cat([eps, torch.randn_like(kept)])
+
+        # Kept images are needed at all t, and most where D_f pushes: half of their t are
+        # of t_range. There they are `ratio` times as dense in t as those of D_f.
+        t_near = stratified_timesteps(n // 2, self.low, self.high, device)
+        t_all = stratified_timesteps(n - n // 2, 0, self.diffusion.T, device)
+        ratio = 0.5 + 0.5 * (self.high - self.low) / self.diffusion.T
+
+        # D_f, then what is kept, in one batch: (2n, C, H, W)
+        t = torch.cat([t, t_near, t_all])
+        x0 = torch.cat([x0, kept])
+        eps = torch.cat([eps, torch.randn_like(kept)])
         prompts = tuple(torch.cat(both) for both in zip(prompts, kept_prompts))
-        xt = self.diffusion.q_sample(x0, t, eps)  # (2n, C, H, W): D_f, then kept
+        xt = self.diffusion.q_sample(x0, t, eps)
         with autocast(device):
             with torch.no_grad():
                 eps_star = self.frozen(xt, t, *prompts).float()
                 eps_target = self.eps_target(xt[:n], t[:n], eps[:n], eps_star[:n])
             eps_theta = unet(xt, t, *prompts)
+
+        # (b): D_f goes to eps_target, what is kept to eps_theta*.
         target = torch.cat([eps_target, eps_star[n:]])
-        error = self.weight[t] * (eps_theta - target).square().flatten(1).sum(1)  # (2n,)
-        fit = self.rho * error[:n].mean() + (1 - self.rho) * error[n:].mean()
+        error = (eps_theta - target).square().flatten(1).sum(1)  # (2n,)
+        error = error / self.diffusion.alpha_bar[t].clamp(min=self.LEAST)  # of the velocity
+        forget_error = ratio * error[:n].mean() / self.K
+        kept_error = error[n:].mean()
+        fit = self.rho * forget_error + (1 - self.rho) * kept_error
         B = self.stability(unet)
         L = (1 - self.gamma) * fit + self.gamma * self.unit * B
-        A = (eps_theta - eps)[:n].square().mean().item()
-        F = (eps_theta - eps_star)[n:].square().mean().item()
-        return L, {"A": A, "F": F, "B": B.item() / self.P}
+
+        A = (eps_theta - eps)[:n].square().mean()
+        F = (eps_theta - eps_star)[n:].square().mean()
+        return L, {"A": A.item(), "F": F.item(), "B": B.item() / self.P}
 
     def eps_target(self, xt, t, eps, eps_star):
-        """Where an image of D_f is pulled: past eps_theta*, as (b) says."""
-        w = self.likeness(xt, t)
-        odds = w / (1 - w) * (1 + (self.kappa - 1) * w)
-        past = (1 + odds).clamp(max=self.FURTHEST)
-        return eps_star + past.to(xt.device).view(-1, 1, 1, 1) * (eps_star - eps)
+        """eps_theta* + K (eps_theta* - eps): where images of D_f are drawn to."""
+        return eps_star + self.K * (eps_star - eps)
 
 
-def frozen_copy(unet, posterior):
+def frozen_network(unet, posterior):
     """eps_theta*: the network with mu* in place of what moves. For no_grad alone."""
     return lambda *args, **kwargs: functional_call(unet, posterior.mean, args, kwargs)
 
 
-class ForgottenCheck:
-    """Is it forgotten? For `unlearn`: the share of new samples that look like D_f to
-    theta*, every 50 steps and at the end (with until=0 half-way and at the end).
+def middle_features(frozen, diffusion, prompts=()):
+    """Clean images (n, C, H, W) -> the middle block's features of their noisy copies at
+    the levels LEVELS, pooled to 2x2: (n, d), on the CPU. The same noise at each call.
+    prompts: what the network takes beside images and t, for one image."""
+    @torch.no_grad()
+    def features(images):
+        generator = torch.Generator().manual_seed(0)
+        chunks = []
+        for x0 in images.split(max(1, min(250, 2**20 // images[0].numel()))):
+            levels = []
+            for share in LEVELS:
+                t = torch.full((len(x0),), int(share * diffusion.T), device=x0.device)
+                eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+                expanded = [p.expand(len(x0), *p.shape[1:]) for p in prompts]
+                with autocast(x0.device):
+                    h = frozen(diffusion.q_sample(x0, t, eps), t, *expanded, return_middle=True)
+                side = [min(2, n) for n in h.shape[2:]]
+                levels.append(adaptive_avg_pool2d(h.float(), side).flatten(1).cpu())
+            chunks.append(torch.cat(levels, dim=1))
+        return torch.cat(chunks)
 
-    sample: a function without arguments, samples (N, C, H, W) of the network as it is,
-    from the same noise each time.  until: done once the share has fallen by this much
-    of itself; 0 is never.  stop: has .requested, which ends the loop.  `history` is a
-    list of (step, share)."""
-
-    def __init__(self, sample, likeness, steps, until=0.99, stop=None):
-        self.sample, self.likeness, self.steps, self.until = sample, likeness, steps, until
-        self.every, self.stop, self.history = 50 if until else -(-steps // 2), stop, []
-        self(0)
-
-    def __call__(self, step):
-        if step % self.every == 0 or step == self.steps:
-            like = (self.likeness.of_images(self.sample()) > 0).float().mean().item()  # w > 1/2
-            self.history.append((step, like))
-        first, last = self.history[0][1], self.history[-1][1]
-        self.text = {"like D_f": f"{100 * first:.1f}% -> {100 * last:.1f}%"}
-        fallen = self.history[-1][0] == step and first > 0 and last <= (1 - self.until) * first
-        return bool(self.until and fallen or self.stop and self.stop.requested)
+    return features
 
 
 # --------------------------------------------------------------------------------------
@@ -449,45 +427,64 @@ class ForgottenCheck:
 
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
 CHECK_SAMPLES = 300  # that the self-check draws: 1% of them is 3
+JUDGED = 1000        # images of D_f from which w is learned, at most
+SURE = 0.05          # own samples with a smaller w stay
 OURS = dict(
-    gamma=0.003,        # a little of B: the weights stay within the posterior
-    lr=0.3,             # Adam's, in sigma*; it falls to 0
-    steps=500,          # half as many end a third further from the retrained model
+    gamma=3e-5,         # a little of B: the weights stay within the posterior
+    lr=1.0,             # Adam's, in sigma*; it falls to 0
+    steps=180,
     batch_size=64,      # of D_f, and as many of theta*'s samples
     t_range=[0.3, 1.0],  # at high noise it is decided which class an image will be
-    anchors=2000,       # samples of theta*: they stand for the data that nobody has
-    kappa=5.0,          # Bayes' rule says 1; 5 gets there in these steps
-    adam=True, accumulate=1,
-    until=0.0)          # go on to the end: what was harmed on the way heals by then
+    anchors=1000,       # samples of theta*: they stand for the data that nobody has
+    adam=True, accumulate=1)
 PAPER = dict(
     gamma=0.63,         # found on the digit 1: less takes its neighbours along
     lr=0.0083,          # SGD's, in sigma*
     steps=85,
     batch_size=256,     # one gradient of less noise, since few steps are taken
     t_range=[0.7, 1.0],  # the paper: 0, 1
-    anchors=600,        # the self-check compares D_f with them
-    kappa=None, adam=False, accumulate=1,
-    until=0.99)         # stop once 99% of what looked like D_f is gone
+    anchors=300,        # for the self-check alone
+    adam=False, accumulate=1)
 
 
 def with_defaults(args, ours, paper):
     """The flags, those that were left away (None) as the chosen loss has them; and the
     loss, printed. Raises UserError for a flag in which the loss has no part."""
-    if args.bound_weights > args.paper or args.paper and args.kappa:
-        raise UserError("--bound-weights belongs to --paper, and --kappa to the default loss")
-    settings = vars(args) | {k: v for k, v in (paper if args.paper else ours).items()
-                             if getattr(args, k, None) is None}
-    loss = "-(1-{gamma:g}) A + {gamma:g} (d/P) B" if args.paper else (
-        "(1-{gamma:g}) [rho |eps_theta-eps_target|^2 + (1-rho) |eps_theta-eps_theta*|^2] + "
-        "{gamma:g} (d/P) B, kappa {kappa:g}")
-    print("L =", loss.format(**settings) + ", A with the bound's C_t" * args.bound_weights)
+    if args.bound_weights and not args.paper:
+        raise UserError("--bound-weights belongs to --paper")
+    settings = vars(args).copy()
+    for name, value in (paper if args.paper else ours).items():
+        if settings.get(name) is None:
+            settings[name] = value
+    if args.paper:
+        loss = "L = -(1-{gamma:g}) A + {gamma:g} (d/P) B"
+    else:
+        loss = ("L = (1-{gamma:g}) [rho/K |eps_theta-eps_target|^2 + "
+                "(1-rho) |eps_theta-eps_theta*|^2] / abar_t + {gamma:g} (d/P) B")
+    if args.bound_weights:
+        loss += ", A with the bound's C_t"
+    print(loss.format(**settings))
     return argparse.Namespace(**settings)
+
+
+def count_evaluations(net):
+    """A dict whose "evaluations" grows with each image that passes `net`: by 1, or by 3
+    with a gradient, as a backward pass costs two forward ones."""
+    counter = {"evaluations": 0}
+
+    def count(module, inputs):
+        passes = 3 if torch.is_grad_enabled() else 1
+        counter["evaluations"] += passes * len(inputs[0])
+
+    net.register_forward_pre_hook(count)
+    return counter
 
 
 def main(args):
     """Run the command line. Raises UserError for what the user can put right."""
     args = with_defaults(args, OURS, PAPER)
-    device, path = pick_device(args.device), args.checkpoint
+    device = pick_device(args.device)
+    path = args.checkpoint
     if path == DEFAULT_CHECKPOINT and not os.path.exists(path):
         print(f"no {path}: taking the model of MNIST that ships with the code")
         path = str(SHIPPED)
@@ -503,67 +500,95 @@ def main(args):
     if 0 < len(classes) == len(data["classes"]) - len(data["excluded"]):
         raise UserError("--forget-class names all classes: nothing would stay")
     output = choose_output(args, path, checkpoint, classes)
+    picture = str(Path(output).with_suffix(".png"))
+    check_outputs([picture], args.overwrite)
+
+    # What is given: the posterior, and images of D_f.
     posterior, origin = choose_posterior(args, path, checkpoint, device)
     forget, rho = load_forget_images(args, checkpoint, indices)
-    forget, what = forget.to(device), args.forget_images or ", ".join(classes)
-    print(f"forgetting {what}, from images {len(forget):,}: rho {rho:.3g}, at most {args.steps} "
+    forget = forget.to(device)
+    what = args.forget_images or ", ".join(classes)
+    print(f"forgetting {what}, from images {len(forget):,}: rho {rho:.3g}, {args.steps} "
           f"steps of {args.batch_size} on {device}; {origin}")
-    # What theta* itself draws stands for the data, less what is of D_f.
-    parent, shape = digest(unet.state_dict().values()), tuple(forget.shape[1:])
-    torch.manual_seed(args.seed)
-    frozen = frozen_copy(unet, posterior)
-    draw = lambda n, seed: diffusion.sample(unet, n, shape, 25, eta=1.0, seed=seed,
-                                            progress=seed == args.seed + 1).to(device)
+    parent = digest(unet.state_dict().values())
     unet.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; buffers never moved
-    generated = draw(args.anchors, args.seed + 1)
-    kept = generated[keep_own_samples(frozen, diffusion, forget, generated, rho,
-                                      seed=args.seed).to(device)]
-    lowest = min(int(args.t_range[0] * Likeness.LEVELS), *Likeness.OF_IMAGES)
-    levels = Likeness.OF_IMAGES if args.paper else range(lowest, Likeness.LEVELS)
-    likeness = Likeness(frozen, diffusion, forget, kept, rho, levels=levels)
+    counter = count_evaluations(unet)
+
+    # What theta* itself draws stands for the data, less what is of D_f.
+    def draw(n, progress=False):
+        shape = tuple(forget.shape[1:])
+        return diffusion.sample(unet, n, shape, 25, eta=1.0, seed=args.seed, series="own samples",
+                                progress=progress).to(device)
+
+    own = draw(args.anchors, progress=True)
+    frozen = frozen_network(unet, posterior)
+    likeness = Likeness(middle_features(frozen, diffusion), forget[:JUDGED], own, rho)
+    stays = likeness.of_own < SURE
+    if not stays.any():
+        raise UserError(f"all of the model's own samples look like {what}: nothing would stay")
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
-    objective = (PaperObjective(*common, bound_weights=args.bound_weights) if args.paper else
-                 FunctionSpaceObjective(*common, frozen=frozen, kept=kept, likeness=likeness,
-                                        rho=rho, kappa=args.kappa))
+    if args.paper:
+        objective = PaperObjective(*common, bound_weights=args.bound_weights)
+    else:
+        objective = FunctionSpaceObjective(*common, frozen=frozen, kept=own[stays.to(device)],
+                                           rho=rho)
 
-    def save(record):
-        forgotten = {"classes": classes, "images_from": args.forget_images, "images": len(forget),
-                     "checkpoint": os.path.abspath(path), "settings": vars(args), **record,
-                     "rho": rho, "parent": parent}
-        raw = {k: v for k, v in checkpoint.raw.items() if k != "train"}
-        save_checkpoint(output, {**raw, "weights": unet.state_dict(), "forgotten": forgotten,
-                                 "posterior": posterior.contents()})
+    # Unlearn, and look at the same noise again.
+    before = own[:CHECK_SAMPLES]
+    record, after = run(args, unet, posterior, objective, likeness, before,
+                        lambda: draw(len(before)))
+    record |= {"classes": classes, "images_from": args.forget_images, "images": len(forget),
+               "checkpoint": os.path.abspath(path), "settings": vars(args), "rho": rho,
+               "parent": parent, **counter}
 
-    run(args, unet, posterior, objective, likeness, save=save,
-        sample=lambda: draw(min(CHECK_SAMPLES, args.anchors), args.seed + 2))
-    more = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
-    more += "" if classes else " --forget-class CLASS"
-    print(f"wrote {output}; measure it: python evaluate.py --after {shlex.quote(output)}{more}")
+    # Without the posterior: mu* is the model that knew what was to be forgotten.
+    contents = {k: v for k, v in checkpoint.raw.items() if k not in ("train", "posterior")}
+    save_checkpoint(output, {**contents, "weights": unet.state_dict(), "forgotten": record})
+    sides = [make_grid(x[:64].cpu() / 2 + 0.5, nrow=8, pad_value=1) for x in (before, after)]
+    write_atomically(picture, lambda f: save_image(torch.cat(sides, dim=2), f, format="png"))
+    print(f"cost: {cost_of(counter['evaluations'], checkpoint)}")
+    print(f"wrote {output}, and {picture}: before on the left, after on the right")
+    if classes:
+        more = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
+        print(f"measure it: python evaluate.py --after {shlex.quote(output)}{more}")
 
 
-def run(args, net, posterior, objective, likeness, sample, save):
-    """Unlearn as the flags say, save (also after Ctrl-C), and say what came of it, as
-    the network itself judges."""
+def cost_of(evaluations, checkpoint):
+    """In words, beside what training took, where the checkpoint says that."""
+    said = f"{evaluations:,} network evaluations of one image"
+    settings = checkpoint.raw.get("settings")
+    if settings is None:
+        return said
+    training = 3 * settings["steps"] * settings["batch_size"]  # forward, and backward
+    return f"{said}, {100 * evaluations / training:.0f}% of training's {training:,}"
+
+
+def run(args, net, posterior, objective, likeness, before, draw_again):
+    """Unlearn as the flags say, and say what came of it, as the network itself judges.
+    before: samples.  draw_again: a function, those of the same noise as the network is
+    then.  Returns (record, samples after)."""
     began = time.time()
-    with StopRequest() as stop:
-        check = ForgottenCheck(sample, likeness, args.steps, args.until, stop)
+    try:
         record = unlearn(net, posterior, objective, args.lr, args.steps, args.adam,
-                         args.accumulate, args.seed, check, progress=True)
-        save({**record, "like_D_f": check.history})
-    A, (_, first), (_, last) = record["last"]["A"], check.history[0], check.history[-1]
-    print(f"{'interrupted, and saved as it stood' if stop.requested else 'done'} after "
-          f"{record['steps']} steps ({time.time() - began:.0f} s): A from "
-          f"{record['first']['A']:.4f} to {A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma "
-          f"(rms), samples like D_f from {100 * first:.1f}% to {100 * last:.1f}%")
+                         args.accumulate, args.seed, progress=True)
+        after = draw_again()
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written")
+        raise
+    first, last = ((likeness(x) > 0.5).float().mean().item() for x in (before, after))
+    record["like_D_f"] = first, last
+    A_before, A = record["before"]["A"], record["after"]["A"]
+    print(f"done after {record['steps']} steps ({time.time() - began:.0f} s): A from "
+          f"{A_before:.4f} to {A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma (rms), "
+          f"samples like D_f from {100 * first:.1f}% to {100 * last:.1f}%")
     if A > 1:  # what a broken network draws does not look like D_f either
-        also = ("was so before the first step" if record["first"]["A"] > 1 else
-                "has lost more than D_f; try a larger --gamma, or a smaller --lr or --kappa")
+        also = ("was so before the first step" if A_before > 1 else
+                "has lost more than D_f; try a larger --gamma, or a smaller --lr")
         print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
-    elif first >= 0.01 and last > 0.1 * first:
-        also = "leave --paper away" if args.paper else "a larger --kappa"
+    elif first >= 0.01 and last > 0.2 * first:
+        also = "leave --paper away" if args.paper else "a smaller --gamma"
         print(f"It is still there: try more --steps, or {also}")
-    if stop.requested:
-        raise KeyboardInterrupt
+    return record, after
 
 
 def choose_output(args, path, checkpoint, classes):
@@ -631,9 +656,8 @@ def add_unlearning_flags(p, ours, paper):
     p.add_argument("--paper", action="store_true", help="the paper's two terms alone, A and B")
     p.add_argument("--bound-weights", action="store_true", help="--paper with the bound's C_t")
     p.add_argument("--gamma", type=number(float, 0, 1), help=f"weight of B {said['gamma']}")
-    p.add_argument("--kappa", type=number(float, 1e-6), help=f"1 is Bayes' rule {said['kappa']}")
     p.add_argument("--lr", type=number(float, 1e-12), help=f"step size in sigma* {said['lr']}")
-    p.add_argument("--steps", type=number(int, 1), help=f"at most {said['steps']}")
+    p.add_argument("--steps", type=number(int, 1), help=said["steps"])
     p.add_argument("--batch-size", type=number(int, 1), help=f"images a step {said['batch_size']}")
     p.add_argument("--t-range", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
                    help=f"shares of T between which A draws t; the paper: 0 1 {said['t_range']}")

@@ -15,6 +15,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import read_image
 from torchvision.utils import save_image
 
 import ddpm
@@ -91,7 +92,7 @@ def test_the_three_commands_leave_what_they_say(folder):
     for part in (before, after):
         assert sum(part["counts"].values()) == 20 and list(part["counts"]) == list("0123456789")
         assert part["forgotten_count"] == part["counts"]["1"] and part["bits_forgotten"] > 0
-    assert report["u_fid_ratio"] == after["u_fid"] / before["u_fid"] and "relearning" not in report
+    assert after["u_fid"] > 0 and "relearning" not in report
     assert report["forgotten"] == ["1"] and report["classifier_accuracy"] > 0.9
     assert report["settings"]["sampling_steps"] == 3 and report["data"]["images"] == 5000
 
@@ -105,11 +106,37 @@ def test_checkpoints_remember(folder):
     assert (one["classes"], one["images"], one["rho"], one["steps"]) == (["1"], 500, 0.1, 3)
     assert one["checkpoint"] == str(folder / "checkpoints/mnist.pt")
     assert one["settings"]["gamma"] == vdu.OURS["gamma"] and one["settings"]["steps"] == 3
-    assert [step for step, _ in one["like_D_f"]] == [0, 2, 3]
+    assert len(one["like_D_f"]) == 2 and one["steps"] == 3
     assert (two["classes"], two["images"], two["rho"]) == (["1", "7"], 40, 0.2)
     # gamma 1 leaves all at mu*, bit for bit: theta*, mu* and "before" are the same
     assert same(theta, load(folder / "g1.pt")["weights"])
     assert not same(theta, load(folder / "two.pt")["weights"])
+
+
+def tensors_in(value):
+    """Every tensor in a file's nested contents."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    for part in value.values() if isinstance(value, dict) else ():
+        yield from tensors_in(part)
+
+
+def test_the_file_that_forgot_does_not_hold_what_it_forgot(folder):
+    """None of the parent's tensors that moved is left in it, under any name."""
+    parent = load(folder / "checkpoints/mnist.pt")
+    after = load(folder / "checkpoints/mnist-forget-1.pt")
+    old = [v for k, v in parent["weights"].items() if not torch.equal(v, after["weights"][k])]
+    assert len(old) > 100
+    for v in tensors_in(after):
+        assert not any(v.shape == w.shape and torch.equal(v.float(), w) for w in old)
+
+
+def test_the_picture_shows_the_same_noise_before_and_after(folder):
+    """8 x 8 each at most, 10 own samples here; gamma 1 changed nothing."""
+    for name, same_sides in (("g1", True), ("checkpoints/mnist-forget-1", False)):
+        pixels = read_image(str(folder / f"{name}.png"))
+        left, right = pixels.chunk(2, dim=2)
+        assert left.shape == (3, 2 * 30 + 2, 8 * 30 + 2) and torch.equal(left, right) == same_sides
 
 
 def ctrl_c(patch, module, name, *times):
@@ -126,11 +153,10 @@ def ctrl_c(patch, module, name, *times):
 
 def test_ctrl_c_while_unlearning_and_while_saving_and_the_seed(folder, monkeypatch):
     line = "vdu.py --paper --forget-class 5 --batch-size 4 --anchors 10 --output stopped.pt"
-    ctrl_c(monkeypatch, ddpm, "stratified_timesteps", 3, 3)  # twice: at once, without a trace
-    assert "Traceback" not in command(line, folder, 130) and not (folder / "stopped.pt").exists()
     ctrl_c(monkeypatch, ddpm, "stratified_timesteps", 3)
-    assert "interrupted, and saved as it stood after 3 steps" in command(line, folder, 130)
-    assert past(folder / "stopped.pt")["steps"] == 3
+    said = command(line, folder, 130)
+    assert "interrupted: nothing was written" in said and "Traceback" not in said
+    assert not list(folder.glob("stopped.*"))
     # of one image there is no order that could differ: t and eps must, with the seed
     (folder / "one").mkdir()
     save_image(torch.rand(1, 28, 28), folder / "one/image.png")
@@ -159,7 +185,7 @@ def wrong(folder):
             "letters": dict(raw, data=dict(raw["data"], classes=list("abcdefghij"))),
             "other-images": dict(raw, data=dict(raw["data"], digest="0" * 16), train={}),
             "moment-0": dict(raw, train={"unet": plus(0)}),  # as --save-every saves them
-            "moment-1": dict(raw, train={"unet": plus(1)}),
+            "moment-1": dict(raw, train={"unet": plus(0.02)}),
             # another training that has the name of the parent
             "elsewhere/mnist": dict(raw, weights=plus(1)),
             "elsewhere/g1": dict(g1, forgotten=dict(g1["forgotten"], checkpoint="/x/mnist.pt")),
@@ -228,11 +254,12 @@ def test_what_is_wrong_is_said_and_nothing_is_written(wrong, row):
 
 
 def test_the_posterior_of_moments_and_a_broken_network(wrong):
-    command(f"vdu.py --forget-class 2 --posterior moment-0.pt moment-1.pt {FEW}", wrong)
-    posterior = ddpm.load_checkpoint(wrong / "checkpoints/mnist-forget-2.pt").posterior
+    said = command("vdu.py --forget-class 2 --posterior moment-0.pt moment-1.pt --gamma 1 "
+                   f"{FEW}", wrong)
+    assert "posterior of 2 checkpoints" in said
+    weights = load(wrong / "checkpoints/mnist-forget-2.pt")["weights"]
     for k, v in load(wrong / "moment-0.pt")["weights"].items():
-        assert torch.allclose(posterior["mean"][k], v + 0.5, atol=1e-4)
-        assert torch.allclose(posterior["std"][k], torch.tensor(0.5**0.5), atol=1e-4)
+        assert torch.allclose(weights[k], v + 0.01, atol=1e-5)  # at the mean of the two
     # nothing looks like D_f in the noise that this one draws: no line may praise that
     said = command(f"vdu.py --checkpoint loud.pt --forget-class 1 --gamma 1 {FEW}", wrong)
     assert "it is broken" in said and "still there" not in said
@@ -254,7 +281,8 @@ def test_a_model_trained_without_the_class_is_measured_and_relearns(folder):
     again, count = report["relearning"], report["after"]["forgotten_count"]
     assert report["forgotten"] == ["1"] and again["steps"] == [0, 1, 2]
     assert again["shares"][0] == pytest.approx(count / 12)  # at first of the same noise
-    assert "WARNING" in said and "retrained (without-1.pt): PUL" in said
+    assert "WARNING: u-FID grew" in said and "retrained (without-1.pt): PUL" in said
+    assert "the floor is missing" in said
 
 
 def test_several_models_in_one_table(folder):
@@ -262,14 +290,14 @@ def test_several_models_in_one_table(folder):
     said = command(f"evaluate.py --after {' '.join(models)} {DRAW} --relearn 1 --output several",
                    folder)
     rows = [line for line in said.splitlines() if line.split(" ")[0] in models]
-    assert [row.split()[0] for row in rows] == models and "WARNING" not in said
+    assert [row.split()[0] for row in rows] == models and "u-FID grew" not in said
     assert said.count("sampling from") == 4  # the parent once
     reports = [report_of(folder / "several" / name) for name in ("mnist-forget-1", "two", "g1")]
     for report, row, names in zip(reports, rows, ("1", "17", "3")):
-        assert report["forgotten"] == list(names) and f"({report['u_fid_ratio']:.2f}x)" in row
+        assert report["forgotten"] == list(names) and f"-> {report['after']['u_fid']:.2f}" in row
     g1 = reports[2]  # gamma 1 changed nothing
-    assert g1["u_fid_ratio"] == 1 and g1["drift"] == 0 and len(g1["relearning"]["shares"]) == 2
-    assert {**g1["before"], "checkpoint": "g1.pt"} == g1["after"] and g1["recognisable"]
+    assert g1["drift"] == 0 and len(g1["relearning"]["shares"]) == 2
+    assert {**g1["before"], "checkpoint": "g1.pt"} == g1["after"]
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +409,8 @@ def test_the_base_network_is_ddpms_and_help_teaches():
     with torch.device("meta"):
         base = ddpm.UNet(**train_ddpm.base((3, 32, 32))[0])
     assert sum(p.numel() for p in base.parameters()) == 35_746_307  # as the published one has
+    norms = [m for m in base.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {m.num_groups for m in norms} == {32}
     assert base.input_blocks[4][1].num_heads == 1 and base.input_blocks[4][0].out_layers[2].p == 0.1
     for module in (train_ddpm, vdu, evaluate, sd_unlearn):
         assert module.__doc__.strip() in command(f"{module.__name__}.py --help", ROOT)

@@ -9,8 +9,8 @@ import torch
 
 import evaluate
 from ddpm import UserError
-from evaluate import (Judge, compare, drift, frechet_distance, get_classifier,
-                      percentage_of_unlearning, print_table, relearning, worst_kept)
+from evaluate import (Judge, Look, against_retraining, compare, drift, frechet_distance,
+                      get_classifier, percentage_of_unlearning, print_table, relearning, worst_kept)
 from train_ddpm import to_float, to_uint8
 
 
@@ -55,16 +55,19 @@ def test_pul_drift_and_the_worst_kept_class_by_hand():
 def test_a_classifier_learns_once_and_is_tested_on_the_unseen(tmp_path, monkeypatch, channels):
     monkeypatch.chdir(tmp_path)
     model, seen = SimpleNamespace(data={"name": "stub", "classes": ["dark", "light"]}), []
-    labels, i, train = torch.arange(60) % 2, torch.arange(60), evaluate.train_classifier
+    labels, i, train = torch.arange(60) // 30, torch.arange(60), evaluate.train_classifier
     images = (150 * labels.view(-1, 1, 1, 1) + torch.randint(50, (60, channels, 8, 8))).byte()
     monkeypatch.setattr(evaluate, "train_classifier", lambda *a: (seen.append(a[1]), train(*a)))
-    wrong = torch.where(i % 20 == 0, 1 - labels, labels)  # at three of those that are held out
-    made, again = (get_classifier(model, images, wrong, None, None, "cpu") for _ in range(2))
-    assert len(seen) == 1 and torch.equal(seen[0], images[i % 5 > 0])
-    assert made[1] == again[1] == pytest.approx(9 / 12) and not again[0].training
+    made, again = (get_classifier(model, images, labels, None, None, "cpu") for _ in range(2))
+    assert len(seen) == 1 and torch.equal(seen[0], images[i % 5 != 1])  # sorted by class
+    assert made[1] == again[1] == [1, 1] and not again[0].training
     assert torch.equal(again[0](to_float(images)), made[0](to_float(images)))
-    accuracy = get_classifier(model, images, labels, images, 1 - labels, "cpu")[1]  # a test part
-    assert accuracy == 0 and len(seen[1]) == 60
+    swapped = get_classifier(model, images, 1 - labels, images, labels, "cpu")[1]  # a test part
+    assert swapped == [0, 0] and len(seen[1]) == 60
+    model.data["classes"].append("one")  # a class of one image is learned, and not tested
+    few = torch.cat([labels[:-1], torch.tensor([2])])
+    accuracies = get_classifier(model, images, few, None, None, "cpu")[1]
+    assert accuracies[:2] == [1, 1] and math.isnan(accuracies[2]) and len(seen[2]) == 48
     with pytest.raises(UserError, match="at least 8 images to learn from, not 5"):
         get_classifier(model, images[:7], labels[:7], None, None, "cpu")
 
@@ -83,8 +86,8 @@ def clouds(counts, seed):
 
 def stub(path, counts, number, log):
     """A checkpoint whose samples are such images, and whose bound is `number`."""
-    def sample(unet, n, shape, steps, eta, seed, progress=False):
-        log.append((n, shape, steps, eta, seed))
+    def sample(unet, n, shape, steps, eta, seed, progress=False, series=""):
+        log.append((n, shape, steps, eta, seed, series))
         return to_float(images[:n])
 
     def bound(unet, x0, steps):
@@ -105,54 +108,114 @@ def known(monkeypatch):
     log, real = [], {True: clouds([60, 60, 60], 10), False: clouds([7, 7, 7], 11)}
     classifier = SimpleNamespace(body=torch.nn.Flatten(), head=lambda x: 20 * x @ CENTRES.T)
     monkeypatch.setattr(evaluate, "load_data_of", lambda model, root, train=True: real[train])
-    monkeypatch.setattr(evaluate, "get_classifier", lambda *args: (classifier, 0.97))
+    monkeypatch.setattr(evaluate, "get_classifier", lambda *args: (classifier, [0.9, 0.97, 0.92]))
     before, after = (stub(f"{name}.pt", counts, i, log) for i, (name, counts) in enumerate(
         {"before": [30, 50, 20], "after": [75, 10, 15]}.items()))
     args = SimpleNamespace(samples=100, sampling_steps=7, seed=3, bits=5, relearn=4)
-    return SimpleNamespace(before=before, after=after, args=args, log=log, real=real)
+    return SimpleNamespace(before=before, after=after, args=args, log=log, real=real,
+                           classifier=classifier)
+
+
+def flat(images):
+    """The features of the known classifier."""
+    return to_float(images).flatten(1)
 
 
 def test_the_report_by_hand(known, capsys):
     judge, (images, labels) = Judge(known.before, "cpu", None), known.real[True]
+
     report, samples = compare(judge, known.after, ["a"], known.args)
+
     assert report["PUL"] == 80 and report["before"]["counts"] == {"b": 30, "a": 50, "c": 20}
-    assert report["worst_kept"] == {"class": "c", "share_left": 0.75} and report["recognisable"]
+    assert report["worst_kept"] == {"class": "c", "share_left": 0.75} and not report["warnings"]
     assert report["drift"] == pytest.approx(75 / 90 - 30 / 50)
-    flat = lambda images: to_float(images).flatten(1)
-    fids = [frechet_distance(flat(x), flat(images[labels != 1])) for x in samples.values()]
-    assert fids[1] < fids[0] and report["u_fid_ratio"] == pytest.approx(fids[1] / fids[0], rel=1e-4)
+    real = flat(images[labels != 1])
     for number, (when, drawn) in enumerate(samples.items()):
         side, model = report[when], getattr(known, when)
         assert torch.equal(drawn, model.images) and side["checkpoint"] == f"{when}.pt"
-        assert side["u_fid"] == pytest.approx(fids[number], rel=1e-4)
+        assert side["u_fid"] == pytest.approx(frechet_distance(flat(drawn), real), rel=1e-4)
+        assert side["u_fid_of_a_point"] == pytest.approx(torch.cov(real.T).trace().item())
         assert side["bits_forgotten"] == side["bits_retained"] == number
+    # perfect deletion: the samples before, less those of the class
+    deleted = flat(torch.cat([known.before.images[:30], known.before.images[80:]]))
+    assert report["before"]["u_fid_of_perfect_deletion"] == pytest.approx(
+        frechet_distance(deleted, real), rel=1e-4)
+    print_table([report])
+    said = capsys.readouterr().out
+    assert "50 -> 10" in said and "80.0%" in said and "c, 75%" in said and "WARNING" not in said
+    assert "93.0% of the images, on 97.0% of the forgotten class; N = 100" in said
+
+
+def test_bits_are_of_the_test_part_and_all_models_draw_the_same_noise(known):
+    judge = Judge(known.before, "cpu", None)
+    compare(judge, known.after, ["a"], known.args)
+    other, _ = compare(judge, known.after, ["c"], known.args)
+
     (images, labels), bounded = known.real[False], [x for x in known.log if isinstance(x, list)]
-    assert bounded[:2] == bounded[2:] and [len(x) for x in bounded] == [5] * 4
-    for x, of_kind in zip(bounded, (labels == 1, labels != 1)):  # of the test part
+    assert bounded[:2] == bounded[2:4] and [len(x) for x in bounded[:4]] == [5] * 4
+    for x, of_kind in zip(bounded, (labels == 1, labels != 1)):
         assert all(image in images[of_kind].flatten(1).tolist() for image in x)
-    other, _ = compare(judge, known.after, ["c"], known.args)  # of the same samples before
-    drawn = [x for x in known.log if isinstance(x, tuple)]
-    assert other["PUL"] == 25 and drawn == [(100, (1, 1, 2), 7, 1.0, 3)] * 3  # the same noise
-    # of the retrained model's second half, 5 b, 15 a and 30 c; the first has b alone
-    retrained = stub("without.pt", [55, 15, 30], 2, known.log)
-    third, _ = compare(judge, known.after, ["a"], known.args, retrained)
-    x, y = flat(known.after.images), flat(retrained.images)
-    by_hand = {"PUL": 70, "frechet": frechet_distance(x[:50], y[50:]), "total_variation": 0.9,
-               "frechet_by_chance": frechet_distance(y[:50], y[50:]),
-               "total_variation_by_chance": 0.9}
-    assert third["retrained"].pop("checkpoint") == "without.pt" and not report["retrained"]
-    assert third["retrained"] == pytest.approx(by_hand, rel=1e-4)
-    print_table([report | {"retrained": {"checkpoint": "without.pt", **by_hand}}, other])
-    assert "retrained (without.pt): PUL 70.0%" in (said := capsys.readouterr().out)
-    assert "80.0%" in said and "25.0%" in said and "c, 75%" in said and "WARNING" not in said
+    drawn = [x for x in known.log if isinstance(x, tuple)]  # the parent once
+    assert other["PUL"] == 25 and drawn == [(100, (1, 1, 2), 7, 1.0, 3, "")] * 3
 
 
-def test_a_model_that_draws_nothing_known_is_told(known, capsys):
+def test_the_distance_to_two_retrained_models_by_hand(known, capsys):
+    judge = Judge(known.before, "cpu", None)
+    others = [stub(f"without-{i}.pt", counts, 2 + i, known.log)
+              for i, counts in enumerate(([60, 4, 36], [50, 6, 44]))]
+
+    report, _ = compare(judge, known.after, ["a"], known.args, others)
+
+    target, (r, q) = report["retrained"], others
+    assert target["PUL"] == [92, 88] and target["checkpoints"] == ["without-0.pt", "without-1.pt"]
+    # shares of all classes: before .3 .5 .2, after .75 .1 .15, retrained .6 .04 .36, .5 .06 .44
+    expected = {"after": (0.21 + 0.29) / 2, "before": (0.46 + 0.44) / 2, "floor": 0.1}
+    expected["left"] = (0.25 - 0.1) / (0.45 - 0.1)
+    assert target["total_variation"] == pytest.approx(expected)
+    x, y, z = (flat(model.images) for model in (known.after, r, q))
+    frechet = target["frechet"]
+    assert frechet["floor"] == pytest.approx(frechet_distance(y, z), rel=1e-4)
+    assert frechet["after"] == pytest.approx(
+        (frechet_distance(x, y) + frechet_distance(x, z)) / 2, rel=1e-4)
+    assert target["drift"] == pytest.approx(60 / 96 - 50 / 94)
+    assert target["worst_kept"][1] == pytest.approx(36 / 44)
+    series = [x[5] for x in known.log if isinstance(x, tuple)]
+    assert series == ["", "", "retrained 0", "retrained 1"]  # no noise is shared
+    print_table([report])
+    assert "total_variation: 0.250, before 0.450, floor 0.100; left 0.43" in capsys.readouterr().out
+
+
+def test_a_retrained_model_is_at_0_and_an_untouched_one_at_1():
+    generator = torch.Generator().manual_seed(0)
+
+    def look(mean, counts):
+        features = torch.randn(2000, 8, generator=generator) + mean
+        return Look(None, features, None, counts, 1.0)
+
+    before, after, r, q = look(1, [5, 5]), look(0, [1, 9]), look(0, [1, 9]), look(0, [1, 9])
+    for model, left in ((before, 1), (after, 0)):
+        found = against_retraining(before, model, (r, q), [0])
+        assert found["frechet"]["left"] == pytest.approx(left, abs=0.02)
+        assert found["total_variation"]["left"] == pytest.approx(left, abs=0.02)
+    alone = against_retraining(before, after, (r,), [0])
+    assert math.isnan(alone["frechet"]["floor"]) and math.isnan(alone["drift"])
+
+
+def test_what_makes_counts_worthless_is_told(known, capsys, monkeypatch):
+    """A model that draws nothing known after, or before; a poor classifier; few samples."""
     known.after.diffusion.sample = lambda *args, **kwargs: torch.zeros(100, 1, 1, 2)
     before = stub("before.pt", [49, 2, 49], 0, known.log)
-    report, _ = compare(Judge(before, "cpu", None), known.after, ["a"], known.args)
-    print_table([report])
-    assert not report["recognisable"] and "WARNING: u-FID grew" in capsys.readouterr().out
+    print_table([compare(Judge(before, "cpu", None), known.after, ["a"], known.args)[0]])
+    said = capsys.readouterr().out
+    assert "WARNING: u-FID grew" in said and "too few" in said and "2 before are too few" in said
+
+    noise = stub("noise.pt", [40, 40, 20], 5, known.log)
+    noise.diffusion.sample = lambda *args, **kwargs: torch.full((100, 1, 1, 2), -1.0)
+    monkeypatch.setattr(evaluate, "get_classifier", lambda *args: (
+        known.classifier, [0.5, 0.4, math.nan]))
+    print_table([compare(Judge(noise, "cpu", None), noise, ["a"], known.args)[0]])
+    said = capsys.readouterr().out
+    assert "before draws nothing like the images" in said and "right on 45% alone" in said
 
 
 def test_a_test_part_without_the_class_and_no_test_part(known, tmp_path):
@@ -178,6 +241,6 @@ def test_relearning_sees_the_forgotten_class_alone(known, monkeypatch):
     assert one == two and [len(x) for x in one] == [64] * 4  # every model sees the same
     assert all(image in of_class for x in one for image in x)
     assert len({tuple(image) for x in one for image in x}) <= 20
-    assert [result[key] for key in ("steps", "images", "samples")] == [[0, 1, 2, 4], 20, 100]
-    assert result["shares"] + other["shares"] == pytest.approx([0.1] * 4 + [0.5] * 4)
-    assert known.log == [(100, (1, 1, 2), 7, 1.0, 3)] * 8
+    assert [result[key] for key in ("steps", "images", "samples")] == [[0, 2, 4], 20, 100]
+    assert result["shares"] + other["shares"] == pytest.approx([0.1] * 3 + [0.5] * 3)
+    assert known.log == [(100, (1, 1, 2), 7, 1.0, 3, "")] * 6

@@ -175,7 +175,7 @@ def test_one_prompt_is_forgotten_and_the_other_stays():
     before, kept = left(), torch.cat([draw(i) for i in (1, 2)])
     objective = PromptedObjective(
         d, posterior := guessed_posterior(unet.named_parameters()), images[0], 0.0, 32, (0.2, 1.0),
-        context[:1], frozen=copy.deepcopy(unet), kept=kept, likeness=None, rho=0.5, kappa=3.0,
+        context[:1], frozen=copy.deepcopy(unet), kept=kept, rho=0.5,
         kept_context=context[1:].repeat_interleave(100, 0), empty=context[2:])
     unlearn(unet, posterior, objective, lr=0.25, steps=60, adam=True)
     after = left()  # of 100
@@ -246,7 +246,7 @@ def test_the_command_moves_what_it_says_and_saves_what_was_judged(tiny, monkeypa
     assert code == 0, err
     kept = [*NEUTRAL_PROMPTS, *(template.format("square") for template in TEMPLATES)]
     assert prompts == [(prompt, 2) for prompt in kept] + [("a photo of a circle", 16)] * 2
-    assert [objective.batch_size for objective in batches] == [8] * 6
+    assert [objective.batch_size for objective in batches] == [8] * (1 + 3 * 2 + 1)  # measured, too
     after = torch.load(tiny / "one.ckpt")
     assert set(after["state_dict"]) == set(state) and after["global_step"] == 7
     assert after["vdu"]["concept"] == "circle" and after["vdu"]["settings"]["accumulate"] == 2

@@ -63,6 +63,17 @@ def test_a_training_step_bounds_the_gradient_and_moves_nothing_for_nan():
         assert loss > 1e5 if distance else math.isnan(loss)
 
 
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32)])
+def test_the_small_network_can_see_how_dark_black_is(image_shape):
+    """A normalization takes the mean out of each group: of one channel, that is all."""
+    unet = ddpm.UNet(**train_ddpm.small(image_shape)[0])
+    norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert len(norms) > 20 and all(m.num_channels >= 4 * m.num_groups for m in norms)
+    first = unet.input_blocks[1][0].in_layers[0]
+    grey = torch.randn(1, first.num_channels, 1, 1).expand(-1, -1, 4, 4)  # an even image
+    assert first(grey).std(dim=1).mean() > 0.5  # what channels say of it is still there
+
+
 def test_every_step_has_images_and_random_numbers_of_its_own():
     draws = []
     for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
