@@ -102,11 +102,14 @@ class Classifier(nn.Module):
         return self.head(self.body(x))
 
 
-def train_classifier(classifier, images, labels, device):
-    """AdamW, one cycle: two minutes on two cores. images: (N, C, H, W) uint8."""
+def train_classifier(classifier, images, labels, device, epochs=None):
+    """AdamW, one cycle. images: (N, C, H, W) uint8.  epochs: of few images more are
+    needed (None: so many that 40,000 images pass, in colour 150,000; 60 at most)."""
     colour = images.shape[1] == 3
-    epochs = max(10, 150_000 // len(images)) if colour else max(4, 40_000 // len(images))
-    epochs, B = min(60, epochs), min(128, len(images))
+    B = min(128, len(images))
+    if epochs is None:
+        epochs = max(10, 150_000 // len(images)) if colour else max(4, 40_000 // len(images))
+        epochs = min(60, epochs)
     steps = epochs * (len(images) // B)
     H, W = images.shape[2:]
     jitter = v2.Compose([v2.RandomHorizontalFlip(),  # another one for each photograph
@@ -144,7 +147,7 @@ def features_and_probabilities(classifier, images, device):
 
 
 def get_classifier(checkpoint, images, labels, test_images, test_labels, device):
-    """(the dataset's classifier, its test accuracy per class, nan where none is tested).
+    """(the dataset's classifier, its test accuracy per class: nan if none is tested).
     Trained once, and kept in a file. images, labels: the training images, of every
     class; their digest is in the file's name. Without a test part (None), a fifth of
     each class is held out to test on."""
@@ -227,7 +230,7 @@ class Judge:
                   "mean_confidence": look.confidence,
                   "u_fid": frechet_distance(look.features, real),
                   "u_fid_of_perfect_deletion": math.nan,
-                  # that of samples which are all alike, in the middle of the real images
+                  # of samples that are all alike, in the middle of the real images
                   "u_fid_of_a_point": torch.cov(real.T).trace().item()}
         if len(deleted) > 1:
             result["u_fid_of_perfect_deletion"] = frechet_distance(deleted, real)
@@ -342,7 +345,7 @@ def print_table(reports):
     width = 2 + max(len(r["after"]["checkpoint"]) for r in reports)
     titles = ("forgotten", "count", "PUL", "u-FID", "if deleted", "drift", "worst kept",
               "bits of D_f", "bits of D_r")
-    print(" " * width + "".join(f"{title:>15}" for title in titles))
+    print(" " * width + "".join(f"{title:>16}" for title in titles))
     for r in reports:
         a, b, worst = r["before"], r["after"], r["worst_kept"]
         pul = f"{r['PUL']:.1f}%"
@@ -357,14 +360,15 @@ def print_table(reports):
                  f"{str(worst['class'])[:9]}, {100 * worst['share_left']:.0f}%"]
         for key in ("bits_forgotten", "bits_retained"):
             cells.append(f"{a[key]:.2f} -> {b[key]:.2f}")
-        print(f"{b['checkpoint']:{width}}" + "".join(f"{cell:>15}" for cell in cells))
+        print(f"{b['checkpoint']:{width}}" + "".join(f"{cell:>16}" for cell in cells))
         for warning in r["warnings"]:
             print(f"  WARNING: {warning}; the counts mean little: see the pictures")
         if r["retrained"]:
             print_distance(r["retrained"])
         on_forgotten = ", ".join(f"{100 * x:.1f}%" for x in r["classifier_accuracy_on_forgotten"])
+        n = sum(a["counts"].values())
         print(f"  the classifier is right on {100 * r['classifier_accuracy']:.1f}% of the images, "
-              f"on {on_forgotten} of the forgotten class; N = {sum(a['counts'].values()):,} samples")
+              f"on {on_forgotten} of the forgotten class; N = {n:,} samples")
 
 
 def print_distance(target):
@@ -373,7 +377,8 @@ def print_distance(target):
     print(f"  retrained ({', '.join(target['checkpoints'])}): PUL {pul}; between the two, drift "
           f"{target['drift']:.3f}, worst kept {100 * target['worst_kept'][1]:.0f}%")
     for name in ("frechet", "total_variation"):
-        said = "  distance to it, {name}: {after:.3f}, before {before:.3f}, floor {floor:.3f}; left {left:.2f}"
+        said = ("  distance to it, {name}: {after:.3f}, before {before:.3f}, floor {floor:.3f}; "
+                "left {left:.2f}")
         print(said.format(name=name, **target[name]))
     if len(target["checkpoints"]) < 2:
         print("  the floor is missing: it takes two models, retrained from two seeds")

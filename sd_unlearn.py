@@ -99,8 +99,9 @@ class PromptedObjective(FunctionSpaceObjective):
     K = 3.0  # how far past: the odds that an image drawn for the concept shows it
 
     def __init__(self, *args, empty, **kwargs):
-        self.empty = empty
         super().__init__(*args, **kwargs)
+        self.empty = empty
+        self.rho_of_forget = self.rho  # this target has no noise that a 1/K has to damp
 
     def eps_target(self, xt, t, eps, eps_star):
         """eps_theta* + K (eps_theta* - eps_f)."""
@@ -149,7 +150,7 @@ def run_unlearn(args):
     kept = torch.cat([draw(prompt, each, args.seed + 1 + i)
                       for i, prompt in enumerate(tqdm(keep, desc="anchors", unit="prompt"))])
     kept_context, empty = model.context(keep).repeat_interleave(each, 0), model.context([""])
-    # w tells D_f from these, of which none is of D_f: with D_f among them the share is known.
+    # None of these is of D_f. Together with D_f itself, its share among them is known.
     both = torch.cat([forget, kept])
     likeness = Likeness(middle_features(frozen, diffusion, (empty,)), forget, both,
                         len(forget) / len(both))

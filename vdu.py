@@ -77,7 +77,7 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 #         gamma_paper / (1 - gamma_paper) = N_f T (d/P) gamma / (1 - gamma).
 #
 # What the minimum looks like: near mu*, A ~ A(mu*) + (theta - mu*) . grad A, and L is
-# least at theta_i - mu*_i = (1 - gamma)/gamma (P/d) sigma*_i^2 dA/dtheta_i: there, every
+# least at theta_i - mu*_i = (1 - gamma)/gamma (P/d) sigma*_i^2 dA/dtheta_i: there each
 # parameter has moved along the gradient by its own variance, and loosely determined
 # ones do the forgetting. (SGD in z, with --paper, takes this way from its first step;
 # Adam in z does not, see `unlearn`.)
@@ -254,18 +254,20 @@ def guessed_posterior(named_parameters, share=0.02):
 #     So two regressions do it: what stays is held at eps_theta*, with the weight 1-rho;
 #     D_f is drawn towards eps_target = eps_theta* + K (eps_theta* - eps), with rho/K.
 #     A weight for each t, the same in both, moves no minimum. It is 1/abar_t: errors
-#     count as those of the velocity (see UNet), since at high noise, where it is decided
-#     what an image will show, eps itself hardly depends on it.
+#     count as those of the velocity (see UNet). At high noise, where it is decided what
+#     an image will show, eps itself hardly tells.
 #
-#     The minimum at one x_t, where a share w of the data is of D_f:
-#         eps_theta* + w / (1 - w + w/K) (eps_theta* - eps_f),  eps_f = E[eps | x_t, D_f].
+#     The minimum at one x_t, where a share w of the data is of D_f and eps_f is
+#     E[eps | x_t, D_f]:
+#         eps_theta* + w / (1 - w + w/K) (eps_theta* - eps_f).
 #     For K = infinity that is E[eps | x_t, D_r], what a network retrained without D_f
 #     predicts, since eps_theta* = w eps_f + (1-w) E[eps | x_t, D_r].
 #
 # (c) Which samples of theta* are of D_f, theta* can say: w(x_0) below. No label and no
-#     retained image is needed. Those with w < SURE stay. (By Bayes' rule each would stay
-#     with the weight 1 - w. But what is held at eps_theta* by mistake holds D_f, too,
-#     and what is left out by mistake is held by its neighbours.)
+#     retained image is needed. A share rho of them is, and w mistakes some: the share
+#     (1-rho)^2 that is least like D_f stays. (By Bayes' rule each would stay with the
+#     weight 1 - w. But what is held at eps_theta* by mistake holds D_f, too, and what
+#     is left out by mistake is held by its neighbours.)
 
 LEVELS = (0.2, 0.3)  # shares of T at which clean images are judged
 
@@ -304,7 +306,8 @@ class Likeness:
                                       line_search_fn="strong_wolfe")
         optimizer.step(cross_entropy)
 
-        # The mean of w over own samples is rho: the one thing that is known for certain.
+        # The mean of w over own samples is rho: that alone is known for certain. So the
+        # bias is shifted until it holds.
         with torch.no_grad():
             scores = x[len(x_forget) :] @ self.weight
             low, high = -scores.max() - 30, 30 - scores.min()
@@ -330,7 +333,8 @@ class FunctionSpaceObjective(PaperObjective):
     Plasticity (A, with a floor), stability in function space, and in parameters (B).
     frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), theta*'s samples that
     are not of D_f.  kept_context: (M, L, E), their encoded prompts, where the network
-    takes any.  rho: the share of D_f in the training data.  Others: PaperObjective's."""
+    takes any.  rho: the share of D_f in the training data, or more, to push harder.
+    Others: PaperObjective's."""
 
     K = 20.0  # how far past eps_theta* the push may lead, in multiples of eps_theta* - eps
     LEAST = 0.003  # abar_t counts as no less: near t = T it is 0
@@ -341,6 +345,7 @@ class FunctionSpaceObjective(PaperObjective):
         self.kept = kept
         self.kept_context = kept_context
         self.rho = rho
+        self.rho_of_forget = rho / self.K
 
     def draw_kept(self, n):
         """n of the kept images, and their prompts, () for none."""
@@ -355,8 +360,8 @@ class FunctionSpaceObjective(PaperObjective):
         x0, t, eps, prompts = self.draw()
         kept, kept_prompts = self.draw_kept(n)
 
-        # Kept images are needed at all t, and most where D_f pushes: half of their t are
-        # of t_range. There they are `ratio` times as dense in t as those of D_f.
+        # Kept images are needed at all t, and most where D_f pushes: half of their t
+        # are of t_range. There they are `ratio` times as dense in t as those of D_f.
         t_near = stratified_timesteps(n // 2, self.low, self.high, device)
         t_all = stratified_timesteps(n - n // 2, 0, self.diffusion.T, device)
         ratio = 0.5 + 0.5 * (self.high - self.low) / self.diffusion.T
@@ -377,9 +382,8 @@ class FunctionSpaceObjective(PaperObjective):
         target = torch.cat([eps_target, eps_star[n:]])
         error = (eps_theta - target).square().flatten(1).sum(1)  # (2n,)
         error = error / self.diffusion.alpha_bar[t].clamp(min=self.LEAST)  # of the velocity
-        forget_error = ratio * error[:n].mean() / self.K
-        kept_error = error[n:].mean()
-        fit = self.rho * forget_error + (1 - self.rho) * kept_error
+        fit = (ratio * self.rho_of_forget * error[:n].mean()
+               + (1 - self.rho) * error[n:].mean())
         B = self.stability(unet)
         L = (1 - self.gamma) * fit + self.gamma * self.unit * B
 
@@ -428,7 +432,6 @@ def middle_features(frozen, diffusion, prompts=()):
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
 CHECK_SAMPLES = 300  # that the self-check draws: 1% of them is 3
 JUDGED = 1000        # images of D_f from which w is learned, at most
-SURE = 0.05          # own samples with a smaller w stay
 OURS = dict(
     gamma=3e-5,         # a little of B: the weights stay within the posterior
     lr=1.0,             # Adam's, in sigma*; it falls to 0
@@ -523,9 +526,7 @@ def main(args):
     own = draw(args.anchors, progress=True)
     frozen = frozen_network(unet, posterior)
     likeness = Likeness(middle_features(frozen, diffusion), forget[:JUDGED], own, rho)
-    stays = likeness.of_own < SURE
-    if not stays.any():
-        raise UserError(f"all of the model's own samples look like {what}: nothing would stay")
+    stays = likeness.of_own.argsort()[: math.ceil((1 - rho) ** 2 * len(own))]
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
     if args.paper:
         objective = PaperObjective(*common, bound_weights=args.bound_weights)
@@ -586,7 +587,7 @@ def run(args, net, posterior, objective, likeness, before, draw_again):
                 "has lost more than D_f; try a larger --gamma, or a smaller --lr")
         print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
     elif first >= 0.01 and last > 0.2 * first:
-        also = "leave --paper away" if args.paper else "a smaller --gamma"
+        also = "leave --paper away" if args.paper else "a larger --share, which pushes harder"
         print(f"It is still there: try more --steps, or {also}")
     return record, after
 
@@ -662,7 +663,9 @@ def add_unlearning_flags(p, ours, paper):
     p.add_argument("--t-range", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
                    help=f"shares of T between which A draws t; the paper: 0 1 {said['t_range']}")
     p.add_argument("--anchors", type=number(int, 10), help=f"own samples {said['anchors']}")
-    p.add_argument("--share", type=number(float, 1e-6, 1 - 1e-6), help="rho (default: counted)")
+    p.add_argument("--share", type=number(float, 1e-6, 1 - 1e-6),
+                   help="rho, D_f's share of the data; more pushes harder (default: counted; "
+                   "0.1 for --forget-images, 0.5 for Stable Diffusion)")
     p.add_argument("--posterior", nargs="+", help="mu*, sigma* from these files of one training")
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 # the networks here are tiny: a second thread costs more than it brings
@@ -18,6 +19,9 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import evaluate  # noqa: E402
+import train_ddpm  # noqa: E402
+
 torch.set_num_threads(1)
 torch.cpu._is_avx512_bf16_supported = bool  # no autocast: every CPU computes the same
 PROGRAMS = ["vdu.py --forget-class 1 --anchors 150 --steps 40",
@@ -27,6 +31,21 @@ PROGRAMS = ["vdu.py --forget-class 1 --anchors 150 --steps 40",
 def pytest_collection_modifyitems(items):
     """Last what waits for the programs that run beside."""
     items.sort(key=lambda item: "shipped_model" in item.name)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory):
+    """The file of evaluate.py's classifier of the 5,000 images, of four epochs in place
+    of eight. Copied into a checkpoints/ folder, it is what evaluate.py finds there."""
+    cwd = tmp_path_factory.mktemp("classifier")
+    images, labels, data = train_ddpm.load_dataset("mnist", train_ddpm.MNIST_5K)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        train = evaluate.train_classifier
+        patch.setattr(evaluate, "train_classifier", lambda *args: train(*args, epochs=4))
+        checkpoint = SimpleNamespace(data=data)
+        evaluate.get_classifier(checkpoint, images, labels, None, None, torch.device("cpu"))
+    return next(cwd.glob("checkpoints/*"))
 
 
 @pytest.fixture(scope="session", autouse=True)

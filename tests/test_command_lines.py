@@ -9,13 +9,14 @@ import re
 import resource
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import read_image
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 import ddpm
@@ -66,9 +67,11 @@ same = lambda a, b: a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v i
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, classifier):
     """Where the three commands were typed, and four more."""
     cwd = tmp_path_factory.mktemp("run")
+    (cwd / "checkpoints").mkdir()
+    shutil.copy(classifier, cwd / "checkpoints")
     said = command("train_ddpm.py --steps 40 --batch-size 16", cwd)
     assert "no network" in said and "5,000 images of 1x28x28 (mnist_5k.npz)" in said
     said = command("vdu.py --forget-class 1 --steps 3 --batch-size 8 --anchors 10", cwd)
@@ -134,7 +137,7 @@ def test_the_file_that_forgot_does_not_hold_what_it_forgot(folder):
 def test_the_picture_shows_the_same_noise_before_and_after(folder):
     """8 x 8 each at most, 10 own samples here; gamma 1 changed nothing."""
     for name, same_sides in (("g1", True), ("checkpoints/mnist-forget-1", False)):
-        pixels = read_image(str(folder / f"{name}.png"))
+        pixels = pil_to_tensor(Image.open(folder / f"{name}.png"))
         left, right = pixels.chunk(2, dim=2)
         assert left.shape == (3, 2 * 30 + 2, 8 * 30 + 2) and torch.equal(left, right) == same_sides
 
@@ -151,7 +154,7 @@ def ctrl_c(patch, module, name, *times):
     patch.setattr(module, name, pressed)
 
 
-def test_ctrl_c_while_unlearning_and_while_saving_and_the_seed(folder, monkeypatch):
+def test_ctrl_c_while_unlearning_and_the_seed(folder, monkeypatch):
     line = "vdu.py --paper --forget-class 5 --batch-size 4 --anchors 10 --output stopped.pt"
     ctrl_c(monkeypatch, ddpm, "stratified_timesteps", 3)
     said = command(line, folder, 130)
@@ -160,9 +163,8 @@ def test_ctrl_c_while_unlearning_and_while_saving_and_the_seed(folder, monkeypat
     # of one image there is no order that could differ: t and eps must, with the seed
     (folder / "one").mkdir()
     save_image(torch.rand(1, 28, 28), folder / "one/image.png")
-    ctrl_c(monkeypatch, torch, "save", 3)
-    for i, (seed, code) in enumerate(((1, 0), (2, 0), (1, 130))):
-        command(f"vdu.py --forget-images one --seed {seed} {FEW} --output {i}.pt", folder, code)
+    for i, seed in enumerate((1, 2, 1)):
+        command(f"vdu.py --forget-images one --seed {seed} {FEW} --output {i}.pt", folder)
     a, b, c = (load(folder / f"{i}.pt")["weights"] for i in range(3))
     assert same(a, c) and not same(a, b)
 
@@ -279,7 +281,7 @@ def test_a_model_trained_without_the_class_is_measured_and_relearns(folder):
                    "--sampling-steps 5 --bits 0 --relearn 2 --retrained without-1.pt", folder)
     report = report_of(folder / "results/without-1")
     again, count = report["relearning"], report["after"]["forgotten_count"]
-    assert report["forgotten"] == ["1"] and again["steps"] == [0, 1, 2]
+    assert report["forgotten"] == ["1"] and again["steps"] == [0, 2]
     assert again["shares"][0] == pytest.approx(count / 12)  # at first of the same noise
     assert "WARNING: u-FID grew" in said and "retrained (without-1.pt): PUL" in said
     assert "the floor is missing" in said

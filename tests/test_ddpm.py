@@ -44,10 +44,11 @@ def test_alpha_bar_is_the_variance_of_composed_steps(schedule):
 
 
 def test_series_of_noise_share_nothing_whatever_their_seeds():
-    """evaluate.py with any --seed draws other samples than those that vdu.py learns from."""
+    """evaluate.py draws other samples than vdu.py learns from, whatever their seeds."""
     d = Diffusion("cosine", 4)
     still = lambda x, t: torch.zeros_like(x)
-    draw = lambda series, seed: d.sample(still, 5, (1, 2, 2), 1, seed=seed, series=series, clip=False)
+    draw = lambda series, seed: d.sample(still, 5, (1, 2, 2), 1, seed=seed, series=series,
+                                         clip=False)
     images = torch.cat([draw(series, seed) for series in ("", "own samples", "retrained 0")
                         for seed in (0, 1, 2)])
     assert len(images.flatten(1).unique(dim=0)) == 45

@@ -168,7 +168,7 @@ def test_the_distance_to_two_retrained_models_by_hand(known, capsys):
 
     target, (r, q) = report["retrained"], others
     assert target["PUL"] == [92, 88] and target["checkpoints"] == ["without-0.pt", "without-1.pt"]
-    # shares of all classes: before .3 .5 .2, after .75 .1 .15, retrained .6 .04 .36, .5 .06 .44
+    # shares of all: before .3 .5 .2, after .75 .1 .15, retrained .6 .04 .36, .5 .06 .44
     expected = {"after": (0.21 + 0.29) / 2, "before": (0.46 + 0.44) / 2, "floor": 0.1}
     expected["left"] = (0.25 - 0.1) / (0.45 - 0.1)
     assert target["total_variation"] == pytest.approx(expected)
@@ -202,7 +202,7 @@ def test_a_retrained_model_is_at_0_and_an_untouched_one_at_1():
 
 
 def test_what_makes_counts_worthless_is_told(known, capsys, monkeypatch):
-    """A model that draws nothing known after, or before; a poor classifier; few samples."""
+    """A model that draws nothing known, after or before; a poor classifier; too few."""
     known.after.diffusion.sample = lambda *args, **kwargs: torch.zeros(100, 1, 1, 2)
     before = stub("before.pt", [49, 2, 49], 0, known.log)
     print_table([compare(Judge(before, "cpu", None), known.after, ["a"], known.args)[0]])
