@@ -220,8 +220,9 @@ class Judge:
     def measure(self, look, forgotten, model, bits):
         """All that is reported of one model: a dict.
         forgotten: indices of classes.  bits: how many forgotten and retained test
-        images to bound -log p of, in bits per dimension: what the method claims to
-        change, and to keep. The same images, t and eps for every model."""
+        images (training images, where there is no test part) to bound -log p of, in
+        bits per dimension: what the method claims to change, and to keep. The same
+        images, t and eps for every model."""
         gone = torch.tensor(forgotten)
         real = self.real_features[~torch.isin(self.labels, gone)]
         deleted = look.features[~torch.isin(look.classes, gone)]
@@ -262,8 +263,8 @@ def against_retraining(before, after, retrained, forgotten):
     never saw the forgotten classes, which stand for p(theta | D_r). Of distances to
     both the mean is taken; how far the two lie apart is the floor, nan for one.
     "left" = (after - floor) / (before - floor): 0 is a retrained model, 1 is untouched.
-    Every Frechet distance of n samples is too large, by about as much as the floor is,
-    which the subtraction removes."""
+    The floor holds what n samples add to every Frechet distance, and how far two seeds
+    lie apart: both are taken off, so that "left" may fall below 0."""
     result = {"PUL": [], "drift": math.nan, "worst_kept": (None, math.nan)}
     n_before = sum(before.counts[i] for i in forgotten)
     for look in retrained:
@@ -285,8 +286,11 @@ def against_retraining(before, after, retrained, forgotten):
         to_after = sum(distance(after, look) for look in retrained) / len(retrained)
         to_before = sum(distance(before, look) for look in retrained) / len(retrained)
         floor = distance(*retrained) if len(retrained) == 2 else math.nan
+        left = math.nan
+        if to_before > floor:
+            left = (to_after - floor) / (to_before - floor)
         result[distance.__name__] = {"after": to_after, "before": to_before, "floor": floor,
-                                     "left": (to_after - floor) / (to_before - floor)}
+                                     "left": left}
     return result
 
 
@@ -321,7 +325,7 @@ def compare(judge, after, names, args, retrained=()):
     if a["u_fid"] >= a["u_fid_of_a_point"]:
         warnings.append("the model before draws nothing like the images")
     if accuracy < ACCURATE:
-        warnings.append(f"the classifier is right on {100 * accuracy:.0f}% alone")
+        warnings.append(f"the classifier is right on {100 * accuracy:.0f}% of a class alone")
     if a["forgotten_count"] < TOO_FEW:
         warnings.append(f"{a['forgotten_count']} before are too few for a PUL: more --samples")
 
@@ -367,15 +371,17 @@ def print_table(reports):
             print_distance(r["retrained"])
         on_forgotten = ", ".join(f"{100 * x:.1f}%" for x in r["classifier_accuracy_on_forgotten"])
         n = sum(a["counts"].values())
-        print(f"  the classifier is right on {100 * r['classifier_accuracy']:.1f}% of the images, "
-              f"on {on_forgotten} of the forgotten class; N = {n:,} samples")
+        print(f"  the classifier is right on {100 * r['classifier_accuracy']:.1f}% in the mean "
+              f"over classes, on {on_forgotten} of the forgotten; N = {n:,} samples")
 
 
 def print_distance(target):
     """The lines of a report about the retrained models."""
     pul = ", ".join(f"{x:.1f}%" for x in target["PUL"])
-    print(f"  retrained ({', '.join(target['checkpoints'])}): PUL {pul}; between the two, drift "
-          f"{target['drift']:.3f}, worst kept {100 * target['worst_kept'][1]:.0f}%")
+    print(f"  retrained ({', '.join(target['checkpoints'])}): PUL {pul}")
+    if len(target["checkpoints"]) == 2:
+        print(f"  between the two: drift {target['drift']:.3f}, worst kept "
+              f"{100 * target['worst_kept'][1]:.0f}%")
     for name in ("frechet", "total_variation"):
         said = ("  distance to it, {name}: {after:.3f}, before {before:.3f}, floor {floor:.3f}; "
                 "left {left:.2f}")

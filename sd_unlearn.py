@@ -101,7 +101,7 @@ class PromptedObjective(FunctionSpaceObjective):
     def __init__(self, *args, empty, **kwargs):
         super().__init__(*args, **kwargs)
         self.empty = empty
-        self.rho_of_forget = self.rho  # this target has no noise that a 1/K has to damp
+        self.weight_of_forget = self.rho  # this target has no noise that a 1/K has to damp
 
     def eps_target(self, xt, t, eps, eps_star):
         """eps_theta* + K (eps_theta* - eps_f)."""

@@ -46,8 +46,8 @@ from ddpm import (StopRequest, UserError, add_shared_flags, build, check_outputs
 # Settings
 
 def small(image_shape):
-    """UNet's arguments and the training for two CPU cores: MNIST in a quarter of an
-    hour, colour in half an hour."""
+    """UNet's arguments and the training for two CPU cores: MNIST in half an hour where
+    they have AVX2, in a third of that with AVX512-BF16; colour in twice the time."""
     C, H, W = image_shape
     grey = C == 1
     return dict(
@@ -57,11 +57,11 @@ def small(image_shape):
         num_res_blocks=1,
         attention_resolutions=() if grey else (2,),  # costs MNIST a third more time per step
         num_heads=4,
-        groups=2,                                # of 16 channels or more: with 1 a channel its
-                                                 # mean is lost, and black turns grey
+        groups=2,                                # of 16 channels or more: better digits than
+                                                 # of 8 or 4, and of 1 black turns grey
         patch_size=min(4, -(-H // 16)),          # the network works on about 16x16 patches
     ), dict(
-        steps=3500,
+        steps=3500,                              # from 2,000 the Frechet distance still halves
         batch_size=64,                           # small batches and many steps win on a CPU
         lr=2e-3,                                 # ten times DDPM's: a small network bears it
         schedule="cosine",                       # on small images linear wastes a third of T

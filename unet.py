@@ -38,7 +38,7 @@ def timestep_embedding(t, dim, sin_first=False):
 
 
 def normalization(channels, eps=1e-5, groups=32):
-    """GroupNorm in `groups` groups, or in the most that divide `channels`, too.
+    """GroupNorm in gcd(groups, channels) groups.
     It takes the mean out of each group. A group of one channel so loses that channel's
     own mean, which is how dark the image is: see `groups` in UNet."""
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=eps)

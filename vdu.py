@@ -78,7 +78,7 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 #
 # What the minimum looks like: near mu*, A ~ A(mu*) + (theta - mu*) . grad A, and L is
 # least at theta_i - mu*_i = (1 - gamma)/gamma (P/d) sigma*_i^2 dA/dtheta_i: there each
-# parameter has moved along the gradient by its own variance, and loosely determined
+# parameter has moved in proportion to its variance sigma*_i^2, and loosely determined
 # ones do the forgetting. (SGD in z, with --paper, takes this way from its first step;
 # Adam in z does not, see `unlearn`.)
 
@@ -161,9 +161,9 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
     Raises UserError if the posterior is of another network, or if loss or weights
     become infinite or nan; net is at mu* then."""
     # The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
-    # posterior is N(0, I) and B = |z|^2 / 2. SGD in z moves theta_i by lr sigma*_i^2
-    # dL/dtheta_i: what training pinned down hardly moves. (Adam makes all steps of z
-    # alike, so that there each theta_i moves by its own sigma*_i.)
+    # posterior is N(0, I) and B = |z|^2 / 2. A step of SGD in z moves theta_i by -lr
+    # sigma*_i^2 dL/dtheta_i: what training pinned down hardly moves. (Adam makes all
+    # steps of z alike, so that there each theta_i moves by its own sigma*_i.)
     theta = {k: p for k, p in net.named_parameters() if p.requires_grad}
     check_parameters("the posterior", posterior.mean, theta)
     z = {k: torch.zeros_like(p) for k, p in theta.items()}
@@ -247,29 +247,33 @@ def guessed_posterior(named_parameters, share=0.02):
 #     so that
 #         F - rho A = (1-rho) F_r - 2 rho E_D_f [ delta . (eps_theta* - eps) ] + const:
 #     D_f pushes, at a constant force, and what stays pulls back. Samples of theta* that
-#     are not of D_f stand for D_r. Where D_r has nothing nothing pulls back, and the
-#     push has no end. || delta ||^2 / K, added on D_f, is the floor:
+#     are not of D_f stand for D_r. Where D_r has next to nothing, the push should die
+#     out, too; but eps_theta* is not exact, and what is left of the push meets no pull
+#     and has no end. || delta ||^2 / K, added on D_f, is the floor under -A:
 #         (1/K) || delta - K (eps_theta* - eps) ||^2
 #             = || delta ||^2 / K - 2 delta . (eps_theta* - eps) + const.
 #     So two regressions do it: what stays is held at eps_theta*, with the weight 1-rho;
 #     D_f is drawn towards eps_target = eps_theta* + K (eps_theta* - eps), with rho/K.
-#     A weight for each t, the same in both, moves no minimum. It is 1/abar_t: errors
-#     count as those of the velocity (see UNet). At high noise, where it is decided what
-#     an image will show, eps itself hardly tells.
+#     A weight for each t, the same in both, moves no minimum of a function that is free
+#     at each t; for a network it says which t matter. It is 1/abar_t: errors count as
+#     those of the velocity (see UNet). At high noise, where it is decided what an image
+#     will show, eps itself hardly tells.
 #
-#     The minimum at one x_t, where a share w of the data is of D_f and eps_f is
+#     The minimum at one x_t, where a share w(x_t) of the data is of D_f and eps_f is
 #     E[eps | x_t, D_f]:
 #         eps_theta* + w / (1 - w + w/K) (eps_theta* - eps_f).
 #     For K = infinity that is E[eps | x_t, D_r], what a network retrained without D_f
-#     predicts, since eps_theta* = w eps_f + (1-w) E[eps | x_t, D_r].
+#     predicts, since eps_theta* = w eps_f + (1-w) E[eps | x_t, D_r]. For a finite one
+#     it stays near eps_theta* where x_t is plainly of D_f (1-w below 1/K).
 #
-# (c) Which samples of theta* are of D_f, theta* can say: w(x_0) below. No label and no
-#     retained image is needed. A share rho of them is, and w mistakes some: the share
-#     (1-rho)^2 that is least like D_f stays. (By Bayes' rule each would stay with the
-#     weight 1 - w. But what is held at eps_theta* by mistake holds D_f, too, and what
-#     is left out by mistake is held by its neighbours.)
+# (c) Which samples of theta* are of D_f, theta* can say: w(x_0) below, of clean images.
+#     No label and no retained image is needed. A share 1-rho of them should stay; w is
+#     unsure of those near the border, so a further share rho of these is left out, a
+#     rule of thumb: (1-rho)^2 stays. (By Bayes' rule each would stay with the weight
+#     1 - w. But what is held at eps_theta* by mistake holds D_f, too, and what is left
+#     out by mistake is held by its neighbours.)
 
-LEVELS = (0.2, 0.3)  # shares of T at which clean images are judged
+LEVELS = (0.2, 0.3)  # levels of noise, as shares of T, at which the features are taken
 
 
 class Likeness:
@@ -291,7 +295,8 @@ class Likeness:
         self.bias = torch.tensor(math.log(rho / (1 - rho)), requires_grad=True)
 
         # p(x_0 | D_f) / p(x_0) is w / rho, by Bayes' rule. So of equal heaps of D_f and
-        # of own samples an image is of D_f's with the odds w : rho.
+        # of own samples (the means below make them equal) an image is of D_f's with the
+        # odds w : rho.
         def cross_entropy():
             log_w = logsigmoid(x @ self.weight + self.bias)
             log_sum = torch.logaddexp(log_w, torch.tensor(math.log(rho)))
@@ -306,8 +311,8 @@ class Likeness:
                                       line_search_fn="strong_wolfe")
         optimizer.step(cross_entropy)
 
-        # The mean of w over own samples is rho: that alone is known for certain. So the
-        # bias is shifted until it holds.
+        # The mean of w over own samples is rho, as far as theta* draws D_f as often as
+        # the data holds it. The bias is shifted until that is so.
         with torch.no_grad():
             scores = x[len(x_forget) :] @ self.weight
             low, high = -scores.max() - 30, 30 - scores.min()
@@ -330,7 +335,7 @@ class FunctionSpaceObjective(PaperObjective):
     """L = (1 - gamma) [ rho/K E_D_f || eps_theta - eps_target ||^2 / abar_t
           + (1 - rho) E_kept || eps_theta - eps_theta* ||^2 / abar_t ] + gamma (d/P) B.
 
-    Plasticity (A, with a floor), stability in function space, and in parameters (B).
+    Plasticity (-A, with a floor), stability in function space, and in parameters (B).
     frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), theta*'s samples that
     are not of D_f.  kept_context: (M, L, E), their encoded prompts, where the network
     takes any.  rho: the share of D_f in the training data, or more, to push harder.
@@ -345,7 +350,7 @@ class FunctionSpaceObjective(PaperObjective):
         self.kept = kept
         self.kept_context = kept_context
         self.rho = rho
-        self.rho_of_forget = rho / self.K
+        self.weight_of_forget = rho / self.K
 
     def draw_kept(self, n):
         """n of the kept images, and their prompts, () for none."""
@@ -361,10 +366,12 @@ class FunctionSpaceObjective(PaperObjective):
         kept, kept_prompts = self.draw_kept(n)
 
         # Kept images are needed at all t, and most where D_f pushes: half of their t
-        # are of t_range. There they are `ratio` times as dense in t as those of D_f.
+        # are of t_range. There they are `ratio` times as dense in t as those of D_f,
+        # whose error is multiplied by it: so both count, at each t, as in (b).
         t_near = stratified_timesteps(n // 2, self.low, self.high, device)
         t_all = stratified_timesteps(n - n // 2, 0, self.diffusion.T, device)
-        ratio = 0.5 + 0.5 * (self.high - self.low) / self.diffusion.T
+        near = n // 2 / n
+        ratio = near + (1 - near) * (self.high - self.low) / self.diffusion.T
 
         # D_f, then what is kept, in one batch: (2n, C, H, W)
         t = torch.cat([t, t_near, t_all])
@@ -382,7 +389,7 @@ class FunctionSpaceObjective(PaperObjective):
         target = torch.cat([eps_target, eps_star[n:]])
         error = (eps_theta - target).square().flatten(1).sum(1)  # (2n,)
         error = error / self.diffusion.alpha_bar[t].clamp(min=self.LEAST)  # of the velocity
-        fit = (ratio * self.rho_of_forget * error[:n].mean()
+        fit = (ratio * self.weight_of_forget * error[:n].mean()
                + (1 - self.rho) * error[n:].mean())
         B = self.stability(unet)
         L = (1 - self.gamma) * fit + self.gamma * self.unit * B
@@ -426,8 +433,8 @@ def middle_features(frozen, diffusion, prompts=()):
 
 
 # --------------------------------------------------------------------------------------
-# The command line. OURS was chosen on the digits 4 and 9, by the distance to the models
-# retrained without them; PAPER on the 1.
+# The command line. OURS was chosen on the 4 of MNIST shrunk to 14x14 pixels, by the
+# distance to a model retrained without it; PAPER on the 1 of an earlier training.
 
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
 CHECK_SAMPLES = 300  # that the self-check draws: 1% of them is 3
@@ -435,7 +442,7 @@ JUDGED = 1000        # images of D_f from which w is learned, at most
 OURS = dict(
     gamma=3e-5,         # a little of B: the weights stay within the posterior
     lr=1.0,             # Adam's, in sigma*; it falls to 0
-    steps=180,
+    steps=180,          # with all else it costs a fifth of train_ddpm.py's training
     batch_size=64,      # of D_f, and as many of theta*'s samples
     t_range=[0.3, 1.0],  # at high noise it is decided which class an image will be
     anchors=1000,       # samples of theta*: they stand for the data that nobody has
@@ -508,7 +515,8 @@ def main(args):
 
     # What is given: the posterior, and images of D_f.
     posterior, origin = choose_posterior(args, path, checkpoint, device)
-    forget, rho = load_forget_images(args, checkpoint, indices)
+    forget, counted = load_forget_images(args, checkpoint, indices)
+    rho = args.share or counted  # that of --share weighs the push, and no more
     forget = forget.to(device)
     what = args.forget_images or ", ".join(classes)
     print(f"forgetting {what}, from images {len(forget):,}: rho {rho:.3g}, {args.steps} "
@@ -525,8 +533,8 @@ def main(args):
 
     own = draw(args.anchors, progress=True)
     frozen = frozen_network(unet, posterior)
-    likeness = Likeness(middle_features(frozen, diffusion), forget[:JUDGED], own, rho)
-    stays = likeness.of_own.argsort()[: math.ceil((1 - rho) ** 2 * len(own))]
+    likeness = Likeness(middle_features(frozen, diffusion), forget[:JUDGED], own, counted)
+    stays = likeness.of_own.argsort()[: math.ceil((1 - counted) ** 2 * len(own))]
     common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
     if args.paper:
         objective = PaperObjective(*common, bound_weights=args.bound_weights)
@@ -635,8 +643,8 @@ def choose_posterior(args, path, checkpoint, device):
 
 
 def load_forget_images(args, checkpoint, indices):
-    """D_f as (N, C, H, W) in [-1, 1], and rho, its share of the training set.
-    Other classes' files stay shut. rho: --share, else counted, else 0.1."""
+    """D_f as (N, C, H, W) in [-1, 1], and rho, its share of the training set: counted;
+    of --forget-images --share, else 0.1. Other classes' files stay shut."""
     generator = torch.Generator().manual_seed(args.seed)
     shuffled = lambda x: x[torch.randperm(len(x), generator=generator)]
     if args.forget_images:
@@ -648,7 +656,7 @@ def load_forget_images(args, checkpoint, indices):
                         for i in indices])
     if len(indices) > 1:  # mixed, so that any part of them is one of all
         chosen = shuffled(chosen)
-    return to_float(images[chosen]), args.share or n / data["images"]
+    return to_float(images[chosen]), n / data["images"]
 
 
 def add_unlearning_flags(p, ours, paper):

@@ -342,7 +342,7 @@ def test_the_push_at_the_start_is_that_of_minus_a(anyone, monkeypatch):
     assert push.item() == pytest.approx(-RHO * ratio * of_A.item())
     assert numbers["A"] == pytest.approx(A.mean().item()) and numbers["F"] == 0
     # F and B have their weights, and gamma
-    objective.gamma, objective.rho, objective.rho_of_forget = 0.3, 0.0, 0.0
+    objective.gamma, objective.rho, objective.weight_of_forget = 0.3, 0.0, 0.0
     velocity = lambda t: TWO.alpha_bar[t].clamp(min=0.003).sqrt().view(-1, 1, 1, 1)
     loss, numbers = objective(lambda xt, t: of_all(xt, t) + 0.5 * velocity(t))
     assert 0 < numbers["F"] < 0.25
