@@ -24,7 +24,7 @@ import train_ddpm  # noqa: E402
 
 torch.set_num_threads(1)
 torch.cpu._is_avx512_bf16_supported = bool  # no autocast: every CPU computes the same
-PROGRAMS = ["vdu.py --forget-class 1 --anchors 150 --steps 40 --share 0.6",
+PROGRAMS = ["vdu.py --forget-class 1 --anchors 200 --steps 60 --share 0.35",
             "vdu.py --paper --forget-class 1 --anchors 20 --steps 25 --output two.pt"]
 
 
