@@ -8,7 +8,8 @@ Holds    the derivation, the losses, the objective, the loop; below a rule what 
 Reads    a checkpoint of train_ddpm.py (or, where there is none, the model of MNIST that
          ships with the code), or DDPM weights of others; images of what will be
          forgotten, of a class or in a folder. No retained image is used.
-Writes   a checkpoint, checkpoints/mnist-forget-1.pt, that remembers what it forgot.
+Writes   a checkpoint, checkpoints/mnist-forget-1.pt, that remembers what it forgot, and
+         a picture beside it: samples of the same noise before and after.
 Paper    VDU (arXiv 2510.04058), its method: the two terms, posterior, objective.
 """
 
