@@ -47,7 +47,7 @@ from ddpm import (StopRequest, UserError, add_shared_flags, build, check_outputs
 
 def small(image_shape):
     """UNet's arguments and the training for two CPU cores: MNIST in half an hour where
-    they have AVX2, in a third of that with AVX512-BF16; colour in twice the time."""
+    they have AVX2, faster with AVX512-BF16; colour takes about three times as long."""
     C, H, W = image_shape
     grey = C == 1
     return dict(
