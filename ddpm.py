@@ -1,21 +1,20 @@
 """The diffusion: schedules, loss, variational bound, sampling; the checkpoint file.
 
 Holds    Diffusion (q and p of DDPM, sampling) and the training step; the checkpoint
-         file; the names under which others publish DDPM's weights; last, what the
-         command lines share.
-Reads    checkpoint files, and DDPM's weights as others publish them.
+         file; DDPM's weights in the diffusers library's layout; last, what the command
+         lines share.
+Reads    checkpoint files, and folders of DDPM's weights as diffusers saves them.
 Writes   checkpoint files, whole or not at all.
 Paper    VDU (arXiv 2510.04058), its background on diffusion models. The sources:
          DDPM = Ho et al. 2020 (arXiv 2006.11239), DDIM = Song et al. 2021 (2010.02502).
 
-The paper counts t = 1 .. T. Here t is an index, 0 .. T-1, into buffers: t=0 is the
+The papers count t = 1 .. T. Here t is an index, 0 .. T-1, into buffers: t=0 is the
 paper's first noise step, so `alpha_bar[t]` is the paper's abar_{t+1}, and "x_{t-1}" at
 index 0 is the clean image x_0. Images are float32 in [-1, 1], shape (B, C, H, W);
 D = C*H*W.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -32,7 +31,6 @@ from zlib import crc32
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
 from unet import UNet
@@ -46,34 +44,38 @@ def beta_schedule(name, T):
     linear         from 1e-4 to 0.02 in even steps, for T = 1000 (DDPM, section 4); a
                    shorter chain takes proportionally larger steps
     cosine         from abar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2),
-                   s = 0.008 (Nichol & Dhariwal 2021, eq. 17): it leaves more to see
+                   s = 0.008 (Nichol & Dhariwal 2021, eq. 17): noise grows more slowly
     scaled_linear  sqrt(beta_t) from sqrt(0.00085) to sqrt(0.012) evenly: Stable
                    Diffusion's"""
     if name == "linear":
         scale = 1000 / T
         beta = torch.linspace(1e-4 * scale, 0.02 * scale, T, dtype=torch.float64)
     elif name == "cosine":
-        u = torch.arange(T + 1, dtype=torch.float64) / T
-        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        u = torch.arange(T + 1, dtype=torch.float64) / T  # t / T
+        angle = (u + 0.008) / 1.008 * math.pi / 2
+        f = angle.cos() ** 2
         beta = 1 - f[1:] / f[:-1]  # abar_t / abar_{t-1} = alpha_t = 1 - beta_t: f(0) cancels
     elif name == "scaled_linear":
-        beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
+        root = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64)
+        beta = root**2
     else:
         raise ValueError(f"no noise schedule is called {name!r}")
-    return beta.clamp(max=0.999)
+    return beta.clamp(max=0.999)  # the cosine's last one would be 1
 
 
 def stratified_timesteps(n, low, high, device="cpu"):
-    """n step indices, one from each n-th of low .. high-1, in random order: (n,) int64.
-    The loss differs a thousandfold between t near 0 and t near T. To cover the range
-    evenly within a batch takes that out of the gradient's noise."""
+    """n step indices (n,) int64: low .. high-1 is cut into n equal parts, one index is
+    drawn from each, and they are shuffled. The loss differs a thousandfold between t
+    near 0 and t near T: independent draws would make a noisier gradient."""
     u = (torch.randperm(n) + torch.rand(n)) / n  # (n,) in [0, 1)
-    return (low + u * (high - low)).long().clamp(max=high - 1).to(device)
+    t = (low + u * (high - low)).long()
+    return t.clamp(max=high - 1).to(device)
 
 
-def at(buffer, t, x):
+def per_image(buffer, t, x):
     """buffer[t] for a batch of steps t (B,), in a shape that multiplies x (B, ...)."""
-    return buffer[t].view(-1, *[1] * (x.dim() - 1))
+    ones = [1] * (x.dim() - 1)  # (B,) -> (B, 1, 1, 1)
+    return buffer[t].view(-1, *ones)
 
 
 def image_noise(streams, shape):
@@ -82,13 +84,20 @@ def image_noise(streams, shape):
     return torch.from_numpy(np.stack(draws))
 
 
+def float64(x):
+    """A tensor in double precision, on the CPU (MPS has none)."""
+    return x.cpu().double()
+
+
 def grey_level_log_likelihood(x, mean, std):
     """log of the mass that N(mean, std^2) gives to x's grey level (DDPM eq. 13).
-    The bin is x +- 1/255, open at both ends of [-1, 1]. Shapes: like x."""
-    upper, lower = ((x + edge - mean) / std for edge in (1 / 255, -1 / 255))
-    upper = torch.where(x > 0.999, torch.ones_like(x), torch.special.ndtr(upper))
-    lower = torch.where(x < -0.999, torch.zeros_like(x), torch.special.ndtr(lower))
-    return (upper - lower).clamp(min=1e-12).log()
+    The bin is x +- 1/255; black's reaches down to -infinity, white's up to infinity."""
+    # The mass of the bin is the difference of two distribution functions.
+    below_upper = torch.special.ndtr((x + 1 / 255 - mean) / std)
+    below_lower = torch.special.ndtr((x - 1 / 255 - mean) / std)
+    below_upper = below_upper.masked_fill(x > 0.999, 1.0)
+    below_lower = below_lower.masked_fill(x < -0.999, 0.0)
+    return (below_upper - below_lower).clamp(min=1e-12).log()  # no log of 0
 
 
 class Diffusion(nn.Module):
@@ -98,40 +107,52 @@ class Diffusion(nn.Module):
 
     def __init__(self, schedule="linear", timesteps=1000):
         super().__init__()
-        own = isinstance(schedule, torch.Tensor)
-        beta = schedule.double() if own else beta_schedule(schedule, timesteps)
+        if isinstance(schedule, torch.Tensor):
+            beta = schedule.double()
+        else:
+            beta = beta_schedule(schedule, timesteps)
         self.T = len(beta)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # abar_t = prod_{s<=t} alpha_s
-        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        for name, value in {
-                "beta": beta, "alpha": alpha, "alpha_bar": alpha_bar,
-                "sqrt_alpha_bar": alpha_bar.sqrt(),
-                "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
-                # eq. 7
-                "posterior_variance": beta * (1 - alpha_bar_prev) / (1 - alpha_bar)}.items():
+        one = torch.ones(1, dtype=torch.float64)
+        alpha_bar_prev = torch.cat([one, alpha_bar[:-1]])  # abar_{t-1}
+        posterior_variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)  # eq. 7
+
+        # Computed in float64, kept in float32, moved to a device with the module.
+        buffers = {
+            "beta": beta,
+            "alpha": alpha,
+            "alpha_bar": alpha_bar,
+            "sqrt_alpha_bar": alpha_bar.sqrt(),
+            "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
+            "posterior_variance": posterior_variance}
+        for name, value in buffers.items():
             self.register_buffer(name, value.float())
 
     def q_sample(self, x0, t, eps):
         """x_t ~ N(sqrt(abar_t) x_0, (1 - abar_t) I), given its noise (DDPM eq. 4)."""
-        return at(self.sqrt_alpha_bar, t, x0) * x0 + at(self.sqrt_one_minus_alpha_bar, t, x0) * eps
+        signal_scale = per_image(self.sqrt_alpha_bar, t, x0)  # (B, 1, 1, 1)
+        noise_scale = per_image(self.sqrt_one_minus_alpha_bar, t, x0)
+        return signal_scale * x0 + noise_scale * eps
 
     def predict_x0(self, xt, t, eps):
         """The x_0 from which q_sample makes x_t with this noise (eq. 15)."""
-        noise = at(self.sqrt_one_minus_alpha_bar, t, xt) * eps
-        return (xt - noise) / at(self.sqrt_alpha_bar, t, xt)
+        noise = per_image(self.sqrt_one_minus_alpha_bar, t, xt) * eps
+        return (xt - noise) / per_image(self.sqrt_alpha_bar, t, xt)
 
     def bound_weight(self, t):
         """C_t = beta_t^2 / (2 sigma_t^2 alpha_t (1-abar_t)) with sigma_t^2 = beta_t:
-        the weight of || eps - eps_theta ||^2 in the bound (DDPM eq. 12), like t."""
-        return self.beta[t] / (2 * self.alpha[t] * (1 - self.alpha_bar[t]))
+        the weight of || eps - eps_theta ||^2 in the bound (DDPM eq. 12).  t: (B,), like
+        what is returned."""
+        one_minus_abar = 1 - self.alpha_bar[t]
+        return self.beta[t] / (2 * self.alpha[t] * one_minus_abar)
 
     def simple_loss(self, unet, x0, t, eps):
         """|| eps - eps_theta(x_t, t) ||^2 / D, x_t of q_sample (DDPM eq. 14).
         x0, eps: (B, C, H, W).  t: (B,).  Returns (B,): the squared error per dimension,
-        1 for a network that always says 0. Of the bound below it keeps the errors of
-        eps with C_t = 1, that of t = 0 too, where the bound has L_0 over grey levels.
-        It drops L_T, which does not depend on theta, and constants."""
+        1 for a network that always says 0. Unlike the bound below it has C_t = 1, takes
+        t = 0 like any t, and leaves out L_T, which does not depend on theta."""
+        # in bfloat16, where that is fast
         with autocast(x0.device):
             eps_theta = unet(self.q_sample(x0, t, eps), t)
         return (eps - eps_theta).square().flatten(1).mean(1)  # (B, C, H, W) -> (B,)
@@ -140,53 +161,51 @@ class Diffusion(nn.Module):
     def variational_bound(self, unet, x0, steps=None, seed=0):
         """-log p_theta(x_0) <= L_0 + sum_t L_{t-1} + L_T (eq. 5), bits/dimension.
 
-        x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  This p_theta has
-        sigma_t^2 = beta_t, the one that `step` draws from beta tilde_t: two models.
-        steps=None computes every L_{t-1}; steps=S computes S of them, close together
-        where t is small and they are large, and sums by the trapezoidal rule.
-        One draw of eps for each. Returns a dict of float64 tensors, named as in the
-        paper:
+        x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  steps=None
+        computes every L_{t-1}; steps=S computes S of them, close together where t is
+        small and they are large, and interpolates between them in straight lines. One
+        draw of eps for each. The variance of p_theta is beta_t here, where `step` draws
+        with the smaller beta tilde_t: not quite the same model.
+        Returns a dict of float64 tensors, named as in the paper:
           "L_T" (B,)     KL(q(x_T | x_0) || N(0, I)): what x_T still knows, no theta
-          "L_t" (B, S)   KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), t > 1
+          "L_t" (B, S)   L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t))
           "L_0" (B,)     -log p_theta(x_0 | x_1), over the grey levels
-          "total" (B,)   their sum
-        Only with the weights of eq. 12, which `simple_loss` drops, are they bounds."""
-        B, D = x0.shape[0], x0[0].numel()
-        generator = torch.Generator().manual_seed(seed)
-        x0_64, abar_T = x0.cpu().double(), self.alpha_bar[-1].cpu().double()
-        q_T = Normal(abar_T.sqrt() * x0_64, (1 - abar_T).sqrt())
-        L_T = kl_divergence(q_T, Normal(0.0, 1.0)).flatten(1).sum(1)  # (B,) nats
+          "total" (B,)   their sum, with each L_{t-1} as often as it stands for others
+        """
+        D = x0[0].numel()
+        generator = torch.Generator().manual_seed(seed)  # the same noise for every model
 
-        def prediction(t):  # x_t, t as a batch, the noise, and the network's guess of it
-            tt = torch.full((B,), t, device=x0.device)
-            eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-            xt = self.q_sample(x0, tt, eps)
-            with autocast(x0.device):
-                return xt, tt, eps, unet(xt, tt)
-        # The steps to compute, and the edges between which each of them stands for all.
-        grid = np.arange(1, self.T)
-        if steps and steps < self.T - 1:
-            i = np.arange(steps)  # whole numbers, each larger than the one before
-            grid = np.maximum.accumulate(np.geomspace(1, self.T - 1, steps).round() - i) + i
-            grid = grid.astype(int)
-        edges = np.concatenate([[0.5], (grid[1:] + grid[:-1]) / 2, [self.T - 0.5]])
-        L_t = torch.zeros(B, len(grid), dtype=torch.float64)
+        # L_{t-1}, a KL between Gaussians: the simple loss with the weight C_t for their
+        # means (eq. 12), and `spread` for their variances.
+        grid, stands_for = bound_grid(self.T, steps)
+        L_t = torch.zeros(len(x0), len(grid), dtype=torch.float64)
         for i in reversed(range(len(grid))):
-            t = int(grid[i])
-            _, _, eps, eps_theta = prediction(t)
-            error = (eps - eps_theta).cpu().double().square().flatten(1).sum(1)  # (B,)
-            beta, q_var = (b[t].cpu().double() for b in (self.beta, self.posterior_variance))
-            # A KL between Gaussians: of their means (eq. 12), and of their variances.
-            spread = (beta / q_var).log() + q_var / beta - 1
-            L_t[:, i] = self.bound_weight(t).cpu().double() * error + D / 2 * spread
+            t, eps = noise_at(grid[i], x0, generator)
+            error = D * float64(self.simple_loss(unet, x0, t, eps))  # (B,)
+            ratio = float64(self.posterior_variance[t]) / float64(self.beta[t])
+            spread = ratio - 1 - ratio.log()
+            C_t = float64(self.bound_weight(t))
+            L_t[:, i] = C_t * error + D / 2 * spread  # (B,) nats
 
-        x1, t0, _, eps_theta = prediction(0)
-        mean = self.predict_x0(x1, t0, eps_theta).cpu().double()
-        L_0 = -grey_level_log_likelihood(x0_64, mean, self.beta[0].cpu().double().sqrt())
-        L_0 = L_0.flatten(1).sum(1)
-        total = L_T + L_t @ torch.from_numpy(np.diff(edges)) + L_0
+        # L_0: the mass at x_0's grey levels.
+        t, eps = noise_at(0, x0, generator)
+        x1 = self.q_sample(x0, t, eps)
+        with autocast(x0.device):
+            eps_theta = unet(x1, t)
+        mean = float64(self.predict_x0(x1, t, eps_theta))
+        std = float64(self.beta[0]).sqrt()
+        L_0 = -grey_level_log_likelihood(float64(x0), mean, std)
+        L_0 = L_0.flatten(1).sum(1)  # (B,) nats
+
+        # L_T: the KL between N(sqrt(abar_T) x_0, (1-abar_T) I) and N(0, I).
+        abar_T = float64(self.alpha_bar[-1])
+        L_T = abar_T * (float64(x0) ** 2 - 1) - torch.log1p(-abar_T)
+        L_T = L_T.flatten(1).sum(1) / 2  # (B,) nats
+
+        total = L_T + L_t @ stands_for + L_0  # (B,)
+        terms = {"L_T": L_T, "L_t": L_t, "L_0": L_0, "total": total}
         bit = D * math.log(2)  # nats per image -> bits per dimension
-        return {"L_T": L_T / bit, "L_t": L_t / bit, "L_0": L_0 / bit, "total": total / bit}
+        return {name: value / bit for name, value in terms.items()}
 
     def step(self, unet, xt, t, t_prev, z, eta=0.0, clip=True):
         """One step from t down to t_prev (DDIM eq. 12). t, t_prev: (B,); -1 is clean.
@@ -196,17 +215,23 @@ class Diffusion(nn.Module):
         eq. 16).  clip: keep x_0 in [-1, 1], as images are (DDPM's code clips, its text
         does not say so)."""
         with autocast(xt.device):
-            eps = unet(xt, t)
+            eps = unet(xt, t)  # (B, C, H, W)
+        # what it takes the clean image to be
         x0 = self.predict_x0(xt, t, eps)
-        x0 = x0.clamp(-1, 1) if clip else x0
-        abar = at(self.alpha_bar, t, xt)
-        abar_prev = torch.where(t_prev < 0, 1.0, self.alpha_bar[t_prev.clamp(min=0)])
+        if clip:
+            x0 = x0.clamp(-1, 1)
+
+        # abar at both steps; of a clean image it is 1
+        abar = per_image(self.alpha_bar, t, xt)
+        abar_prev = self.alpha_bar[t_prev].where(t_prev >= 0, 1.0)
         abar_prev = abar_prev.view_as(abar)
+
         # The direction to x_t comes from the clipped x_0, so that the two agree.
         eps = (xt - abar.sqrt() * x0) / (1 - abar).sqrt()
-        sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
-        direction = (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps
-        return abar_prev.sqrt() * x0 + direction + sigma * z
+        variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
+        sigma = eta * variance.sqrt()
+        rest = (1 - abar_prev - sigma**2).clamp(min=0)  # so that the variance is 1-abar_prev
+        return abar_prev.sqrt() * x0 + rest.sqrt() * eps + sigma * z
 
     @torch.no_grad()  # not inference_mode, in which autocast caches nothing
     def sample(self, unet, n, shape, steps=None, eta=0.0, seed=0, batch_size=None, clip=True,
@@ -214,47 +239,74 @@ class Diffusion(nn.Module):
         """n samples of p_theta, shape (C, H, W): (n, C, H, W) float32, on the CPU.
 
         steps=S: through S evenly spaced steps, all T for None; with eta = 1 that is
-        DDPM's ancestral sampling.  Image i gets its noise from (series, seed, i) alone,
-        so neither batch_size nor n changes it, and two series share nothing, whatever
-        their seeds.  Raises UserError if S is not in 1 .. T, or
-        if an image is not finite."""
+        DDPM's ancestral sampling.  The noise of image i depends on (series, seed, i)
+        alone.  Raises UserError if S is not in 1 .. T, or if an image is not finite."""
         if steps is not None and not 1 <= steps <= self.T:
             raise UserError(f"sampling steps must be from 1 to {self.T}, not {steps}")
-        grid = np.linspace(self.T - 1, 0, steps or self.T).round().astype(int).tolist()
+        # The steps, from T-1 down to 0.
+        grid = np.linspace(self.T - 1, 0, steps or self.T)
+        grid = grid.round().astype(int).tolist()
+        following = [*grid[1:], -1]  # the step after the last is the clean image
         device = self.alpha_bar.device
-        # a CPU's caches hold no more than 125
-        batch_size = batch_size or (125 if device.type == "cpu" else 500)
-        out = torch.empty(n, *shape)
+        if batch_size is None:  # measured: more is no faster
+            batch_size = 125 if device.type == "cpu" else 500
+
+        out = torch.empty(n, *shape)  # (n, C, H, W)
+        series_number = crc32(series.encode())
         bar = tqdm(total=n * len(grid), desc="sampling", unit="img*step", unit_scale=True,
                    disable=not progress)
-        # autocast around the loop, too: each weight is cast once and not at every step
+        # Autocast around the loop, too: each weight is cast once and not at every step.
         with autocast(device), bar:
-            for start in range(0, n, batch_size):
-                B = min(batch_size, n - start)
-                streams = [np.random.default_rng([crc32(series.encode()), seed, start + i])
-                           for i in range(B)]
+            for images in torch.arange(n).split(batch_size):
+                streams = [np.random.default_rng([series_number, seed, i])
+                           for i in images.tolist()]
                 x = image_noise(streams, shape).to(device)  # x_T ~ N(0, I): (B, C, H, W)
-                for t, t_prev in zip(grid, [*grid[1:], -1]):
-                    tt, noisy = torch.full((B,), t, device=device), eta > 0 and t_prev >= 0
-                    z = image_noise(streams, shape).to(device) if noisy else torch.zeros_like(x)
-                    x = self.step(unet, x, tt, torch.full_like(tt, t_prev), z, eta, clip)
-                    bar.update(B)
-                out[start : start + B] = x.cpu()
+                for step, step_prev in zip(grid, following):
+                    z = torch.zeros_like(x)
+                    if eta > 0 and step_prev >= 0:
+                        z = image_noise(streams, shape).to(device)
+                    t = torch.full((len(x),), step, device=device)  # (B,)
+                    t_prev = torch.full_like(t, step_prev)
+                    x = self.step(unet, x, t, t_prev, z, eta, clip)
+                    bar.update(len(x))
+                out[images] = x.cpu()
         if not torch.isfinite(out).all():  # a classifier would count such images as something
             raise UserError("the network draws images that are not finite: if it was to unlearn, "
                             "try a larger --gamma or a smaller --lr")
         return out
 
 
+def noise_at(step, x0, generator):
+    """One step as a batch t (B,), and unit noise like x_0 (B, C, H, W)."""
+    eps = torch.randn(x0.shape, generator=generator)
+    t = torch.full((len(x0),), step, device=x0.device)
+    return t, eps.to(x0.device)
+
+
+def bound_grid(T, steps=None):
+    """The indices t in 1 .. T-1 at which the bound is computed, a list of all of them,
+    or of `steps`, whose distance grows with t. And how many steps each of them stands
+    for, by the trapezoidal rule: up to halfway to its neighbours. A float64 tensor."""
+    steps = min(steps or T, T - 1)
+    even = np.geomspace(1, T - 1, steps).round()  # in log t; the first ones coincide
+    grid = np.maximum(even, range(1, steps + 1)).astype(int)
+    halfway = (grid[:-1] + grid[1:]) / 2
+    edges = [0.5, *halfway, T - 0.5]
+    return grid.tolist(), torch.tensor(np.diff(edges))
+
+
 def training_step(unet, diffusion, optimizer, x0):
     """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W). Returns the loss.
     Where the loss is not a finite number, no step is taken."""
+    # t, x_t and the loss.
     t = stratified_timesteps(len(x0), 0, diffusion.T, x0.device)  # (B,)
-    loss = diffusion.simple_loss(unet, x0, t, torch.randn_like(x0)).mean()  # DDPM eq. 14
+    eps = torch.randn_like(x0)
+    loss = diffusion.simple_loss(unet, x0, t, eps).mean()  # DDPM eq. 14
     value = loss.item()
     if math.isfinite(value):
+        # A step: the gradient, clipped, and the optimizer's.
         loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)  # as in DDPM's code
         optimizer.step()
         optimizer.zero_grad()
     return value
@@ -273,50 +325,82 @@ class Checkpoint(namedtuple("_", "unet diffusion posterior config data step forg
     data        which images exactly: {"name", "source", "classes", "excluded", ...}
     step        training steps done
     forgotten   None, or what vdu.py unlearned, from which checkpoint, and how
+    path        the file that it is from
     raw         the file's whole dictionary"""
 
 
 def build(config, device="cpu"):
     """(UNet, Diffusion) from a checkpoint's `config`, with fresh weights."""
-    diffusion = Diffusion(config["schedule"], config["timesteps"])
-    alpha_bar = diffusion.alpha_bar.clone() if config["velocity"] else None
+    diffusion = Diffusion(config["schedule"], config["timesteps"]).to(device)
+    alpha_bar = diffusion.alpha_bar if config["velocity"] else None  # see UNet
     with torch.device(device):
         unet = UNet(**config["unet"], alpha_bar=alpha_bar)
-    return unet.to(device), diffusion.to(device)
+    return unet, diffusion
 
 
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint of train_ddpm.py or vdu.py, or published DDPM weights.
+    """A checkpoint of train_ddpm.py or vdu.py, or DDPM's weights as diffusers saves
+    them: the folder, or the file of weights in it.
     Returns a Checkpoint, its network on `device`. Raises UserError if the file is
     missing, cut short, not weights, in none of these layouts, or not finite."""
-    raw = read_file(path)
     try:
-        raw = from_published(raw, path) or raw
-        posterior, needed = raw.get("posterior"), ("name", "source", "classes", "excluded")
+        # Whose file is it? Ours is a dictionary with everything in its place.
+        file = weights_file(path)
+        raw = read_file(file)
+        published = state_dict_of(raw)
+        if "time_embedding.linear_1.weight" in published:
+            raw = from_diffusers(published, file)
+        elif "temb.dense.0.weight" in published:
+            raise UserError(f"{path} is in the layout of DDPM's TensorFlow code, which is not read "
+                            "here: take the same weights as diffusers has them")
+        elif any(name.startswith("model.diffusion_model.") for name in published):
+            raise UserError(f"{path} is a Stable Diffusion checkpoint: sd_unlearn.py is for those")
+        data = {"root": None, **raw["data"]}
+        missing = {"name", "source", "classes", "excluded"} - set(data)
+        if missing:
+            raise ValueError(f"its data lacks {missing}")
+
         unet, diffusion = build(raw["config"], device)
-        unet.load_state_dict(raw["weights"])
-        tensors = dict(unet.state_dict())
-        if posterior:
-            posterior = {m: {k: v.float() for k, v in posterior[m].items()}
-                         for m in ("mean", "std")} | {"n": int(posterior["n"])}
-            for k, p in unet.named_parameters():  # a std may be one number for a whole tensor
-                both = posterior["std"][k] + posterior["mean"][k].view(p.shape)
-                tensors[f"posterior's {k}"] = both
-        data = {"root": None, **{k: raw["data"][k] for k in needed}, **raw["data"]}
-        checkpoint = Checkpoint(unet.eval(), diffusion, posterior, raw["config"], data,
-                                int(raw["step"]), raw.get("forgotten"), os.fspath(path), raw)
+        unet.load_state_dict(raw["weights"])  # theta*
+        posterior = read_posterior(raw.get("posterior"), unet)
+        checkpoint = Checkpoint(
+            unet=unet.eval(),
+            diffusion=diffusion,
+            posterior=posterior,
+            config=raw["config"],
+            data=data,
+            step=int(raw["step"]),
+            forgotten=raw.get("forgotten"),
+            path=os.fspath(path),
+            raw=raw)
     except UserError:
         raise
     except Exception as e:  # a file may hold anything under any name
         what = f"{type(e).__name__}: {first_line(e)[:120]}"
-        raise UserError(f"{path} holds no model of this code, nor DDPM's weights ({what})") from e
-    check_finite(path, tensors)
+        raise UserError(f"{path} holds no model of this code, nor diffusers' DDPM ({what})") from e
+    check_finite(path, unet.state_dict())
+    if posterior:
+        check_finite(path, posterior["mean"])
+        check_finite(path, posterior["std"])
     return checkpoint
 
 
-def save_checkpoint(path, contents):
+def read_posterior(saved, unet):
+    """A checkpoint's posterior in float32; None where it has none. Raises ValueError
+    for that of another network, KeyError for a tensor that is missing."""
+    if not saved:
+        return None
+    mean = {k: v.float() for k, v in saved["mean"].items()}
+    std = {k: v.float() for k, v in saved["std"].items()}
+    for k, p in unet.named_parameters():
+        if not mean[k].shape == std[k].shape == p.shape:
+            raise ValueError(f"the posterior of {k} is of another shape")
+    return {"mean": mean, "std": std, "n": int(saved["n"])}
+
+
+def save_checkpoint(path, contents, overwrite=False):
     """Write the dictionary `contents` (tensors, plain values), whole or not at all."""
-    write_atomically(path, lambda f: torch.save(contents, f))
+    write_atomically(path, lambda file: torch.save(contents, file), overwrite)
 
 
 def check_finite(path, tensors):
@@ -330,7 +414,8 @@ def digest(tensors):
     """A name for the numbers of tensors: 16 hexadecimal digits of their SHA-256."""
     sha = hashlib.sha256()
     for v in tensors:
-        sha.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        flat = v.detach().cpu().flatten()
+        sha.update(flat.view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
 
@@ -338,38 +423,50 @@ class StandIn:
     """What a class of another package becomes when a file is read. It does nothing."""
 
     def __new__(cls, *args, **kwargs):
-        # torch's reader fills no mapping but its own; numpy's arrays set a state.
-        return super().__new__(cls) if cls.__module__.startswith("numpy") else OrderedDict()
+        # torch's reader fills dictionaries alone; numpy's objects it gives a state.
+        if cls.__module__.startswith("numpy"):
+            return super().__new__(cls)
+        return OrderedDict()
 
     def __setstate__(self, state):
         pass
 
 
-def read_file(path, lazy=False, make_one="train one with: python train_ddpm.py --dataset mnist"):
-    """The contents of a PyTorch file or a safetensors file, by its content.
+def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dataset mnist"):
+    """The contents of a PyTorch file or a safetensors file, whatever its name.
 
     torch.load(weights_only=True) never executes what a pickle asks for. Objects of
     other packages beside the weights (a trainer's callbacks, arguments, dates, paths)
     are read as StandIns; torch refuses any other. lazy=True leaves the numbers on disk
     until they are used. Raises UserError for another file."""
-    if not os.path.isfile(path):
-        what = "it is a folder, name a file in it" if os.path.isdir(path) else make_one
-        raise UserError(f"no checkpoint at {path}: {what}")
-    if re.search(r"-\d+-of-\d+\.", os.fspath(path)):
+    # What a path can be beside a file of weights.
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: name a file in it")
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {path}: {hint}")
+    if re.search(r"-\d+-of-\d+\.", path):
         raise UserError(f"{path} is one shard of several: save the model as one file first")
     try:
-        with open(path, "rb") as f:
-            if f.read(9)[8:] == b"{":
-                return read_safetensors(path)
+        if is_safetensors(path):
+            return read_safetensors(path)
+
+        # What the pickle asks for by name, beside what torch itself allows.
         is_zip = zipfile.is_zipfile(path)  # torch's format since 1.6: it can be listed and mapped
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        own = {*sys.stdlib_module_names, "torch"} - {"argparse", "collections", "datetime",
-                                                     "pathlib", "typing"}
-        split = [name.rpartition(".") for name in names if name.split(".")[0] not in own]
-        stand_ins = [type(last, (StandIn,), {"__module__": module}) for module, _, last in split]
-        lazy = lazy and is_zip and not os.fspath(path).endswith(".safetensors")  # torch goes by it
+        asked_for = []
+        if is_zip:
+            asked_for = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        stand_ins = []
+        for name in asked_for:
+            module, _, last = name.rpartition(".")
+            if may_stand_in(module):
+                stand_ins.append(type(last, (StandIn,), {"__module__": module}))
+
+        # By this ending torch.load takes a path to be in the safetensors format.
+        lazy = lazy and is_zip and not path.endswith(".safetensors")
         with torch.serialization.safe_globals(stand_ins), open(path, "rb") as f:
-            return torch.load(path if lazy else f, "cpu", weights_only=True, mmap=lazy)
+            source = path if lazy else f
+            return torch.load(source, "cpu", weights_only=True, mmap=lazy)
     except pickle.UnpicklingError as e:
         asks = re.findall(r"GLOBAL ([\w.]+)", str(e)) or ["other Python objects"]
         raise UserError(f"{path} was refused: no file of weights, or it asks for {asks[0]}") from e
@@ -377,23 +474,41 @@ def read_file(path, lazy=False, make_one="train one with: python train_ddpm.py -
         raise UserError(f"{path} is damaged or cut short ({first_line(e)[:80]})") from e
 
 
+def may_stand_in(module):
+    """Whether a StandIn may be put in the place of a module's classes: those of other
+    packages, and the few of Python's own that hold plain values."""
+    harmless = {"argparse", "collections", "datetime", "pathlib", "typing"}
+    package = module.split(".")[0]
+    return package in harmless or package not in {*sys.stdlib_module_names, "torch"}
+
+
 # The safetensors format: 8 bytes that count the header's, the header in JSON (name ->
 # dtype, shape, first and last byte of the data), then the data of all tensors.
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-               "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-               "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def is_safetensors(path):
+    """Whether a file is in the safetensors format: its header begins at the ninth byte,
+    with a brace."""
+    with open(path, "rb") as f:
+        return f.read(9)[8:] == b"{"
 
 
 def read_safetensors(path):
     """{name: tensor}, left on disk until they are used. Raises any error."""
-    content = np.memmap(path, dtype=np.uint8, mode="c")  # in memory they may change, there not
+    # Mode "c" is copy on write: a tensor may be changed, and the file stays as it is.
+    content = np.memmap(path, dtype=np.uint8, mode="c")  # (bytes,)
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:start].tobytes())
-    header.pop("__metadata__", None)
+    header = json.loads(content[8:start].tobytes())  # {name: entry}
+    header.pop("__metadata__", None)  # notes
     tensors = {}
     for name, entry in header.items():
-        dtype, (first, last) = SAFETENSORS[entry["dtype"]], entry["data_offsets"]
+        dtype = SAFETENSORS[entry["dtype"]]
+        first, last = entry["data_offsets"]  # counted from the end of the header
         data = torch.from_numpy(content[start + first : start + last])
         if (start + first) % dtype.itemsize:  # torch wants numbers at multiples of their size
             data = data.clone()
@@ -401,169 +516,256 @@ def read_safetensors(path):
     return tensors
 
 
-# --------------------------------------------------------------------------------------
-# The names under which others publish DDPM's weights: "original", the converted
-# TensorFlow weights (ema_diffusion_cifar10_model-790000.ckpt), and "diffusers"
-# (diffusion_pytorch_model.bin of google/ddpm-cifar10-32, in two spellings).
-
-CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse",
-                   "ship", "truck"]
-# unet.py             original            diffusers
-NAMES = [row.split() for row in """
-    time_embed.0.       temb.dense.0.       time_embedding.linear_1.
-    time_embed.2.       temb.dense.1.       time_embedding.linear_2.
-    input_blocks.0.0.   conv_in.            conv_in.
-    middle_block.0.     mid.block_1.        mid_block.resnets.0.
-    middle_block.1.     mid.attn_1.         mid_block.attentions.0.
-    middle_block.2.     mid.block_2.        mid_block.resnets.1.
-    out.0.              norm_out.           conv_norm_out.
-    out.2.              conv_out.           conv_out.
-    .in_layers.0.       .norm1.             .norm1.
-    .in_layers.2.       .conv1.             .conv1.
-    .emb_layers.1.      .temb_proj.         .time_emb_proj.
-    .out_layers.0.      .norm2.             .norm2.
-    .out_layers.3.      .conv2.             .conv2.
-    .skip_connection.   .nin_shortcut.      .conv_shortcut.
-    .norm.              .norm.              .group_norm.
-    .q.                 .q.                 .to_q.
-    .k.                 .k.                 .to_k.
-    .v.                 .v.                 .to_v.
-    .proj_out.          .proj_out.          .to_out.0.
-""".strip().splitlines()]
-OLD_SPELLING = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
-                ".proj_attn.": ".to_out.0."}
-# diffusers' config.json: what unet.py can be alone; what google/ddpm-cifar10-32 is; and
-# what stands for an entry that is left out.
-FIXED = {"act_fn": "silu", "norm_num_groups": 32, "resnet_time_scale_shift": "default",
-         "mid_block_scale_factor": 1, "time_embedding_type": "positional", "add_attention": True,
-         "center_input_sample": False, "class_embed_type": None, "num_class_embeds": None}
-DDPM_CONFIG = {"attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
-               "flip_sin_to_cos": False, "freq_shift": 1, "sample_size": None}
-DEFAULTS = {**FIXED, "attention_head_dim": 8, "norm_eps": 1e-5, "downsample_padding": 1,
-            "flip_sin_to_cos": True, "freq_shift": 0, "sample_size": None}
-
-
-def read_config(path):
-    """The config.json beside diffusers' weights, or DDPM's own where there is none.
-    Raises UserError for a network that unet.py cannot be."""
-    path = Path(path).with_name("config.json")
-    if not path.exists():
-        print(f"no {path}: assuming the settings of google/ddpm-cifar10-32's")
-        return DDPM_CONFIG
-    try:
-        said = json.loads(path.read_text(encoding="utf-8-sig"))
-        config = DEFAULTS | {k: v for k, v in said.items() if v is not None or k in (
-            "attention_head_dim", "sample_size")}  # null says something there alone
-        height, width = map(int, np.broadcast_to(config["sample_size"] or 0, 2))
-        possible = {**{k: [v] for k, v in FIXED.items()}, "downsample_padding": (0, 1),
-                    "freq_shift": [0 if config["flip_sin_to_cos"] else 1],
-                    "act_fn": ("silu", "swish"), "attention_head_dim": (None, *range(1, 1025))}
-        wrong = [f"{k} = {config[k]}" for k, values in possible.items() if config[k] not in values]
-        if wrong or height != width or height < 0:
-            raise ValueError(f"it says {', '.join(wrong) or f'sample_size = {height}, {width}'}")
-        return {**config, "sample_size": height or None, "norm_eps": float(config["norm_eps"])}
-    except (AttributeError, TypeError, ValueError) as e:
-        raise UserError(f"{path} is not of a network like DDPM's: {first_line(e)}") from e
-
-
-def published_name(ours, levels, blocks, diffusers):
-    """Their name of a tensor of unet.py; q, k and v apart (".q." in place of ".qkv.").
-    levels, blocks: how many levels the network has, and residual blocks per level on
-    the way down. Both layouts count blocks and attention by level, where unet.py counts
-    blocks: blocks + 1 to a level, the last of which is Downsample on the way down."""
-    m = re.match(r"(in|out)put_blocks\.(\d+)\.(\d)\.(op|conv)?", ours)
-    if m and not ours.startswith("input_blocks.0."):
-        way = "down" if m[1] == "in" else "up"
-        level, i = divmod(int(m[2]) - (way == "down"), blocks + 1)  # input_blocks.0 is conv_in
-        level = level if diffusers or way == "down" else levels - 1 - level  # up: coarsest first
-        part = (("resnets", "attentions") if diffusers else ("block", "attn"))[int(m[3]) % 2]
-        part = f"{way}sample{'rs.0' * diffusers}.conv" if m[4] else f"{part}.{i}."
-        ours = f"{way}{'_blocks' * diffusers}.{level}.{part}{ours[m.end():]}"
-    for row in NAMES:
-        ours = ours.replace(row[0], row[1 + diffusers])
-    return ours
-
-
-def from_published(raw, path):
-    """Published weights of an unconditional DDPM as the dictionary of a checkpoint.
-
-    raw: what the file holds.  Returns None for a file in none of the published layouts.
-    What no tensor tells, a config.json beside diffusers' weights does; where nothing
-    says the size of the images, it is read off where the network attends, which is at
-    16x16 in every DDPM (Ho et al. 2020, appendix B). Raises ValueError that names what
-    is missing, of another shape, or of a class-conditional network."""
-    tensors = state_dict_of(raw)
-    for old, new in OLD_SPELLING.items():
-        tensors = {name.replace(old, new): v for name, v in tensors.items()}
-    if any(k.startswith("model.diffusion_model.") for k in tensors):
-        raise UserError(f"{path} is a Stable Diffusion checkpoint: sd_unlearn.py is for those")
-    diffusers = "time_embedding.linear_1.weight" in tensors
-    if not diffusers and "temb.dense.0.weight" not in tensors:
-        return None
-    config = read_config(path) if diffusers else DDPM_CONFIG
-    # The network's sizes: levels, blocks and attention by name, widths by shape.
-    pattern = re.compile(r"down(?:_blocks)?\.(\d+)\.(block|resnets|attn|attentions)\.(\d+)\."
-                         r"(?:conv1|norm|group_norm)\.weight")
-    found = {(m[2][0], int(m[1]), int(m[3])): v for k, v in tensors.items()
-             if (m := pattern.match(k))}
-    (width, in_channels), levels = tensors["conv_in.weight"].shape[:2], 1 + max(k[1] for k in found)
-    attention = sorted({2**level for kind, level, _ in found if kind == "a"})
-    first = "r" if diffusers else "b"  # of "resnets", of "block"
-    sizes = dict(in_channels=in_channels, model_channels=width, dropout=0.1, num_heads=1,
-                 channel_mult=[found[first, i, 0].shape[0] // width for i in range(levels)],
-                 num_res_blocks=1 + max(k[2] for k in found), attention_resolutions=attention,
-                 head_channels=config["attention_head_dim"], norm_eps=config["norm_eps"],
-                 sin_first=not config["flip_sin_to_cos"], pad_end=config["downsample_padding"] == 0)
-    with torch.device("meta"):
-        unet = UNet(**sizes)
-    # Every tensor of the network has its place; a trainer's leftovers may have none.
-    shapes, names = unet.state_dict(), {}
-    for ours in shapes:
-        split = [ours.replace(".qkv.", f".{x}.") for x in "qkv"] if ".qkv." in ours else [ours]
-        names[ours] = [published_name(name, levels, sizes["num_res_blocks"], diffusers)
-                       for name in split]
-    wanted = {name for theirs in names.values() for name in theirs}
-    parts = {name.split(".")[0] for name in wanted} | {"class_embedding", "label_emb"}
-    extra = sorted(name for name in tensors if name not in wanted and name.split(".")[0] in parts)
-    for what, some in (("lacks", sorted(wanted - set(tensors))), ("has, unlike DDPM's,", extra)):
-        if some:
-            raise ValueError(f"the network {what} {len(some)} tensors: {', '.join(some[:3])}")
-    # attention as a matrix or as a 1x1 convolution: the same numbers
-    weights = {ours: torch.cat([tensors[name].float() for name in theirs]).view(shapes[ours].shape)
-               for ours, theirs in names.items()}
-
-    size = config["sample_size"] or 16 * (attention or [2])[0]
-    cifar10 = (in_channels, size) == (3, 32)
-    print(f"{path}: published weights, taken to be of {'CIFAR-10, ' * cifar10}{size}x{size} pixels")
-    return {"weights": weights, "step": 0, "posterior": None,
-            "config": {"unet": sizes, "schedule": "linear", "timesteps": 1000, "velocity": False,
-                       "image_shape": (in_channels, size, size)},
-            "data": {"name": "cifar10" if cifar10 else "unknown", "source": "published weights",
-                     "classes": CIFAR10_CLASSES if cifar10 else [], "excluded": [],
-                     "images": 50_000 if cifar10 else None}}
-
-
 def state_dict_of(raw):
     """{name: tensor} of what a file holds: of itself, or below the name that trainers
     use. Without the prefix that DataParallel ("module.") or torch.compile
     ("_orig_mod.") puts before every name."""
-    raw = raw if isinstance(raw, dict) else {}
+    if not isinstance(raw, dict):
+        return {}
     for key in ("state_dict", "model_state_dict", "ema", "model"):
-        raw = raw[key] if isinstance(raw.get(key), dict) else raw
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(k)): v for k, v in raw.items()
-            if isinstance(v, torch.Tensor)}
+        if isinstance(raw.get(key), dict):  # one below the other, where there are several
+            raw = raw[key]
+    tensors = {}
+    for name, v in raw.items():
+        if isinstance(v, torch.Tensor):
+            tensors[re.sub(r"^((module|_orig_mod)\.)+", "", str(name))] = v
+    return tensors
+
+
+# --------------------------------------------------------------------------------------
+# DDPM's weights as the diffusers library saves them (google/ddpm-cifar10-32): a folder
+# with config.json, the weights, and scheduler_config.json; or a pipeline's, with these
+# in unet/ and scheduler/.
+
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse",
+                   "ship", "truck"]
+# unet.py             diffusers
+NAMES = [row.split() for row in """
+    time_embed.0.       time_embedding.linear_1.
+    time_embed.2.       time_embedding.linear_2.
+    input_blocks.0.0.   conv_in.
+    middle_block.0.     mid_block.resnets.0.
+    middle_block.1.     mid_block.attentions.0.
+    middle_block.2.     mid_block.resnets.1.
+    out.0.              conv_norm_out.
+    out.2.              conv_out.
+    .in_layers.0.       .norm1.
+    .in_layers.2.       .conv1.
+    .emb_layers.1.      .time_emb_proj.
+    .out_layers.0.      .norm2.
+    .out_layers.3.      .conv2.
+    .skip_connection.   .conv_shortcut.
+    .norm.              .group_norm.
+    .q.                 .to_q.
+    .k.                 .to_k.
+    .v.                 .to_v.
+    .proj_out.          .to_out.0.
+""".strip().splitlines()]
+OLD_SPELLING = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
+                ".proj_attn.": ".to_out.0."}
+
+# config.json: the entries that say what the network is to be, and those in which
+# unet.py has no choice; with what diffusers takes for an entry that is left out.
+FREE = {
+    "in_channels": 3, "layers_per_block": 2, "dropout": 0.0, "attention_head_dim": 8,
+    "norm_eps": 1e-5, "flip_sin_to_cos": True, "downsample_padding": 1, "sample_size": None}
+FIXED = {
+    "out_channels": 3, "freq_shift": 0, "act_fn": "silu", "norm_num_groups": 32,
+    "resnet_time_scale_shift": "default", "mid_block_scale_factor": 1, "add_attention": True,
+    "time_embedding_type": "positional", "center_input_sample": False, "downsample_type": "conv",
+    "mid_block_type": "UNetMidBlock2D", "upsample_type": "conv"}
+# scheduler_config.json: likewise. Its other entries are about sampling.
+SCHEDULER = {
+    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+    "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
+
+
+def read_json(path):
+    """The dictionary in a JSON file. Raises UserError for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as e:
+        raise UserError(f"{path} is damaged: {first_line(e)}") from e
+
+
+def refuse_others(path, config, possible):
+    """Raise UserError that names the entries with other values than the possible."""
+    wrong = [f"{name} = {config[name]}" for name, values in possible.items()
+             if config[name] not in values]
+    if wrong:
+        raise UserError(f"{path} is of a network that this code cannot be: {', '.join(wrong)}")
+
+
+def read_unet_config(path):
+    """config.json -> (UNet's arguments, (C, S, S)). Raises UserError for a network that
+    unet.py cannot be."""
+    config = {**FREE, **FIXED, **read_json(path)}
+    widths = config["block_out_channels"]  # of each level
+    attends = ["Attn" in kind for kind in config["down_block_types"]]
+    sin_first = not config["flip_sin_to_cos"]
+
+    # An entry of which this code has not heard must be empty; "_..." are notes.
+    possible = {}
+    for name in config:
+        if name not in FREE and not name.startswith("_"):
+            possible[name] = [FIXED.get(name)]
+    possible["sample_size"] = range(1, 10_000)
+    possible["downsample_padding"] = [0, 1]
+    possible["out_channels"] = [config["in_channels"]]
+    # DDPM's embedding puts the sines first, and its frequencies end one sooner.
+    possible["freq_shift"] = [1 if sin_first else 0]
+    # Widths are multiples of the first.
+    multiples = [max(1, width // widths[0]) for width in widths]  # UNet's channel_mult
+    possible["block_out_channels"] = [[widths[0] * multiple for multiple in multiples]]
+    # With attention or without, on the way up as on the way down.
+    down = ["AttnDownBlock2D" if attn else "DownBlock2D" for attn in attends]
+    up = [kind.replace("Down", "Up") for kind in reversed(down)]
+    possible["down_block_types"] = [down]
+    possible["up_block_types"] = [up]
+    refuse_others(path, config, possible)
+
+    unet = dict(
+        in_channels=config["in_channels"],
+        model_channels=widths[0],
+        channel_mult=multiples,
+        num_res_blocks=config["layers_per_block"],
+        attention_resolutions=[2**level for level, attn in enumerate(attends) if attn],
+        num_heads=1,
+        head_channels=config["attention_head_dim"],
+        dropout=config["dropout"],
+        norm_eps=config["norm_eps"],
+        sin_first=sin_first,
+        pad_end=config["downsample_padding"] == 0)
+    size = config["sample_size"]
+    return unet, (config["in_channels"], size, size)
+
+
+def read_scheduler_config(path):
+    """scheduler_config.json -> (schedule, T, velocity) as `build` takes them. A network
+    that was saved alone, without one, is taken to be trained as DDPM's was."""
+    config = dict(SCHEDULER)
+    if path.exists():
+        config.update(read_json(path))
+    refuse_others(path, config, {
+        "beta_schedule": ["linear", "squaredcos_cap_v2"],
+        "prediction_type": ["epsilon", "v_prediction"],
+        "trained_betas": [None],
+        "rescale_betas_zero_snr": [False]})
+    # The schedule: a tensor of betas, or a name that beta_schedule knows.
+    T = config["num_train_timesteps"]
+    schedule = "cosine"
+    if config["beta_schedule"] == "linear":
+        first = config["beta_start"]
+        last = config["beta_end"]
+        schedule = torch.linspace(first, last, T, dtype=torch.float64)
+    return schedule, T, config["prediction_type"] == "v_prediction"
+
+
+def diffusers_name(ours, blocks):
+    """diffusers' name of a tensor of unet.py; q, k and v apart (".q." for ".qkv.").
+    blocks: residual blocks per level on the way down. diffusers counts blocks and
+    attention level by level, unet.py counts blocks through: blocks + 1 to a level, the
+    last of which is Downsample on the way down."""
+    numbered = re.match(r"(in|out)put_blocks\.(\d+)\.(\d)\.(op|conv)?", ours)
+    if numbered and not ours.startswith("input_blocks.0."):
+        way, number, layer, resampling = numbered.groups()
+        down = way == "in"
+        way = "down" if down else "up"
+        number = int(number) - 1 if down else int(number)  # input_blocks.0 is conv_in
+        level, i = divmod(number, blocks + 1)  # which level, which block of it
+        part = "resnets" if layer == "0" else "attentions"
+        inner = f"{way}samplers.0.conv" if resampling else f"{part}.{i}."
+        ours = f"{way}_blocks.{level}.{inner}{ours[numbered.end():]}"
+    for unet_name, name in NAMES:
+        ours = ours.replace(unet_name, name)
+    return ours
+
+
+def diffusers_names(unet, blocks):
+    """{name in unet.py: diffusers' names}: three for attention's queries, keys and
+    values, which are one tensor in unet.py, else one."""
+    names = {}
+    for ours in unet.state_dict():
+        parts = [ours]  # one tensor
+        if ".qkv." in ours:
+            parts = [ours.replace(".qkv.", f".{x}.") for x in "qkv"]  # three
+        names[ours] = [diffusers_name(part, blocks) for part in parts]
+    return names
+
+
+def weights_file(path):
+    """The file of weights in a diffusers folder; any other path as it is. Raises
+    UserError for a folder without one."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    for ending in ("safetensors", "bin"):
+        file = folder / f"diffusion_pytorch_model.{ending}"
+        if file.exists():
+            return file
+    raise UserError(f"no diffusion_pytorch_model.safetensors (or .bin) in {folder}")
+
+
+def from_diffusers(tensors, file):
+    """What diffusers saved, as the dictionary of a checkpoint.
+    tensors: weights by diffusers' names.  file: where they were, with the JSON files
+    beside it.  Raises UserError for another network, ValueError that names the tensors
+    that are missing or too many."""
+    config = file.with_name("config.json")
+    if not config.exists():
+        raise UserError(f"{file} is of diffusers, and {config}, which says of what kind, is gone")
+    arguments, image_shape = read_unet_config(config)
+
+    # A pipeline has the scheduler in a folder of its own.
+    scheduler = file.with_name("scheduler_config.json")
+    if not scheduler.exists():
+        scheduler = file.parent.parent / "scheduler" / "scheduler_config.json"
+    schedule, T, velocity = read_scheduler_config(scheduler)
+
+    # Every tensor has its place.
+    for old, new in OLD_SPELLING.items():
+        tensors = {name.replace(old, new): v for name, v in tensors.items()}
+    with torch.device("meta"):  # sizes without memory
+        unet = UNet(**arguments)
+    names = diffusers_names(unet, arguments["num_res_blocks"])
+    wanted = {name for theirs in names.values() for name in theirs}
+    differ = sorted(wanted ^ set(tensors))  # in one of the two alone
+    if differ:
+        raise ValueError(f"the network lacks, or has beside, {len(differ)} tensors: {differ[:3]}")
+
+    # Attention is a matrix there and a 1x1 convolution here: the same numbers.
+    weights = {}
+    for ours, v in unet.state_dict().items():
+        parts = [tensors[name].float() for name in names[ours]]
+        weights[ours] = torch.cat(parts).view(v.shape)
+
+    # A guess: 32x32 pixels in colour are taken for CIFAR-10's.
+    data = {"name": "unknown", "source": "published weights", "images": None,
+            "classes": [], "excluded": []}
+    if image_shape == (3, 32, 32):
+        data.update(name="cifar10", classes=CIFAR10_CLASSES, images=50_000)
+    # Say what was understood.
+    size = "x".join(map(str, image_shape))
+    kind = schedule if isinstance(schedule, str) else "linear"
+    prediction = "v" if velocity else "eps"
+    print(f"{file}: diffusers' network, taken to be of {data['name']} images, {size}; {kind} "
+          f"schedule, T = {T}, predicts {prediction}")
+    config = {"unet": arguments, "image_shape": image_shape, "schedule": schedule,
+              "timesteps": T, "velocity": velocity}
+    return {"weights": weights, "config": config, "data": data, "posterior": None, "step": 0}
 
 
 # --------------------------------------------------------------------------------------
 # What the command lines share: errors, flags, files, Ctrl-C, devices
 
 class UserError(ValueError):
-    """What the person at the keyboard can put right: one line, exit code 2."""
+    """What the user can mend: one line, exit code 2."""
 
 
 def first_line(error):
     """The first line of an exception's message, or its type's name without one."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def run_command_line(main):
@@ -584,18 +786,18 @@ def run_command_line(main):
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # as shells have it
 
 
-def number(kind, low, high=math.inf):
-    """An argparse `type`: a `kind` (int or float) from low to high, and finite."""
+def number(kind, low, high=1e18):
+    """An argparse `type`: a `kind` (int or float) from low to high."""
     def parse(text):
         value = kind(text)  # where this fails, argparse says so
-        if not low <= value <= high or value == math.inf:  # nan is inside of nothing
+        if not low <= value <= high:  # nan is inside of nothing
             raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # by which argparse calls it in its message
     return parse
 
 
@@ -606,34 +808,39 @@ def add_shared_flags(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def check_outputs(paths, overwrite, endings=None):
-    """Raise UserError, before any work, for what may not or cannot be written.
-    endings: those that the file's name may have, by which readers tell its kind."""
-    for text in map(os.fspath, paths):
-        path = Path(text)
-        if os.path.isdir(text) or text.endswith(("/", os.sep)):
-            raise UserError(f"{text} is a folder, and a file is to be written: name the file")
-        if endings and path.suffix.lower() not in endings:
-            raise UserError(f"{text} has to end in {' or '.join(endings)}, for what it will hold")
-        if os.path.exists(text) and not overwrite:
-            raise UserError(f"{text} exists already: choose another --output, or add --overwrite")
-        folder = next(p for p in path.absolute().parents if p.exists())
-        if not os.access(folder, os.W_OK) or not folder.is_dir() or len(path.name.encode()) > 240:
-            raise UserError(f"{text} cannot be written; choose another --output")
+WEIGHTS = (".pt", ".pth", ".ckpt")  # endings of the files that hold weights
 
 
-def write_atomically(path, write):
+def check_output(path, overwrite, endings=None):
+    """Raise UserError for a file that may not, or OSError for one that cannot be
+    written; called before any work, and again when the work is to be saved.
+    endings: those that its name may have, by which readers tell its kind."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is to be written: name the file")
+    if endings and path.suffix.lower() not in endings:
+        raise UserError(f"{path} has to end in {' or '.join(endings)}, for what it will hold")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: choose another --output, or add --overwrite")
+    # now rather than after hours of work
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent} may not be written to: choose another --output")
+
+
+def write_atomically(path, write, overwrite=False):
     """Open `path` for bytes, and call write(file).
     A crash, Ctrl-C or a full disk leaves the old file as it was. Raises UserError."""
+    check_output(path, overwrite)
     # The bytes go to a temporary file beside it, which then takes the name in one step.
-    path = os.fspath(path)
+    path = os.path.realpath(path)  # where a link leads: the link stays
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())  # on the disk, and not only in a cache
+        check_output(path, overwrite)  # another command may have been there since
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path} ({first_line(e)}); any old file is untouched") from e
@@ -647,7 +854,9 @@ class StopRequest:
 
     def __enter__(self):
         self.requested = False
-        self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {}  # what the signals did before
+        for s in (signal.SIGINT, signal.SIGTERM):
+            self.previous[s] = signal.signal(s, self.handle)
         return self
 
     def handle(self, signum, frame):
@@ -663,19 +872,22 @@ class StopRequest:
 def pick_device(name="auto"):
     """A torch.device by name; "auto" is the accelerator, or the CPU."""
     if name == "auto":
-        available = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if available else "cpu"
+        name = "cpu"
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        return torch.zeros(1, device=name).device  # fails where there is none
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"no device {name!r} here ({first_line(e)[:80]}); try --device cpu") from e
-    return device
 
 
 def autocast(device):
-    """Autocast to bfloat16 where that is fast: CUDA since 8.0, AVX512-BF16."""
-    kind = torch.device(device).type
-    fast = (kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-            or kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    return torch.autocast(kind, torch.bfloat16) if fast else contextlib.nullcontext()
+    """Autocast to bfloat16 where that is fast: AVX512-BF16, or CUDA of compute
+    capability 8.0 and more."""
+    kind = device.type
+    fast = False
+    if kind == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif kind == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)

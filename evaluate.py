@@ -18,21 +18,18 @@ import contextlib
 import json
 import math
 import os
-from collections import namedtuple
-from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms import v2
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ddpm import (UserError, add_shared_flags, autocast, check_outputs, digest,
-                  load_checkpoint, number, pick_device, read_file, run_command_line,
-                  save_checkpoint, training_step, write_atomically)
-from train_ddpm import class_indices, load_data_of, title_of, to_float, to_uint8
+from ddpm import (UserError, add_shared_flags, autocast, check_output, digest, load_checkpoint,
+                  number, pick_device, read_file, run_command_line, save_checkpoint,
+                  training_step, write_atomically)
+from train_ddpm import (class_indices, load_data_of, title_of, to_float, to_uint8, write_images)
 
 # --------------------------------------------------------------------------------------
 # The metrics: of class counts (one number per class), and of features (N, d)
@@ -41,7 +38,9 @@ def percentage_of_unlearning(n_before, n_after):
     """PUL = 100 (n_before - n_after) / n_before, of the forgotten class (VDU).
     100 when none is left, 0 when nothing changed, below 0 when there are more. nan if
     there was none to begin with."""
-    return 100 * (n_before - n_after) / n_before if n_before else math.nan
+    if n_before == 0:
+        return math.nan
+    return 100 * (n_before - n_after) / n_before
 
 
 def frechet_distance(features_a, features_b):
@@ -50,34 +49,47 @@ def frechet_distance(features_a, features_b):
     Of few samples it is too large: two halves of one distribution are not at 0.
     In float64, and by the symmetric form of the root: its eigenvalues are real and not
     negative but for rounding, where the usual sqrtm(C_a C_b) can turn complex."""
-    a, b = features_a.double().cpu(), features_b.double().cpu()
-    mean_a, mean_b = a.mean(0), b.mean(0)  # (d,)
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)  # (d, d)
+    a = features_a.double().cpu()
+    b = features_b.double().cpu()
+    cov_a = torch.cov(a.T)  # (d, d)
+    cov_b = torch.cov(b.T)
+
+    # tr (C_a^1/2 C_b C_a^1/2)^1/2: the sum of the roots of its eigenvalues.
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^1/2: (d, d)
-    trace_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
+    values = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)
+    trace_root = values.clamp(min=0).sqrt().sum()
+
+    difference = a.mean(0) - b.mean(0)  # (d,)
+    of_means = difference.square().sum()
+    distance = of_means + cov_a.trace() + cov_b.trace() - 2 * trace_root
     return distance.clamp(min=0).item()
 
 
 def class_shares(counts, forgotten):
     """{class index: share} of the retained classes among themselves."""
     retained = {i: n for i, n in enumerate(counts) if i not in forgotten}
-    return {i: n / max(1, sum(retained.values())) for i, n in retained.items()}
+    total = max(1, sum(retained.values()))  # 1: where none is left, all shares are 0
+    return {i: n / total for i, n in retained.items()}
 
 
 def drift(counts_before, counts_after, forgotten):
     """Total variation distance, 0 .. 1, between the shares of the retained classes (of
     all, if none is forgotten). What a u-FID can hide: a neighbour that went along."""
-    before, after = (class_shares(c, forgotten) for c in (counts_before, counts_after))
-    return sum(abs(before[i] - after[i]) for i in before) / 2
+    before = class_shares(counts_before, forgotten)  # they add up to 1
+    after = class_shares(counts_after, forgotten)
+    return sum(abs(share - after[i]) for i, share in before.items()) / 2
 
 
 def worst_kept(counts_before, counts_after, forgotten):
     """(index, share left) of the retained class, drawn before, that lost most."""
+    # What is left of each class, as a share of what was there.
     left = {i: counts_after[i] / n for i, n in enumerate(counts_before)
-            if n and i not in forgotten}
-    return min(left.items(), key=lambda item: item[1]) if left else (None, math.nan)
+            if n > 0 and i not in forgotten}
+    if not left:
+        return None, math.nan
+    worst = min(left, key=left.get)
+    return worst, left[worst]
 
 
 # --------------------------------------------------------------------------------------
@@ -89,13 +101,18 @@ class Classifier(nn.Module):
 
     def __init__(self, image_shape, classes):
         super().__init__()
-        C, width = image_shape[0], 32 if image_shape[0] == 1 else 64  # photographs need more
+        C = image_shape[0]
+        width = 32 if C == 1 else 64  # photographs need more
         layers = []
         for out in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(C, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
-                       nn.MaxPool2d(2, ceil_mode=True)]  # halves H and W
+            layers += [
+                nn.Conv2d(C, out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+                nn.MaxPool2d(2, ceil_mode=True)]  # halves H and W
             C = out
-        self.body = nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        layers[-1] = nn.AdaptiveAvgPool2d(1)  # the last one averages over all pixels
+        self.body = nn.Sequential(*layers, nn.Flatten())
         self.head = nn.Linear(C, classes)
 
     def forward(self, x):
@@ -103,190 +120,220 @@ class Classifier(nn.Module):
 
 
 def train_classifier(classifier, images, labels, device, epochs=None):
-    """AdamW, one cycle. images: (N, C, H, W) uint8.  epochs: of few images more are
-    needed (None: so many that 40,000 images pass, in colour 150,000; 60 at most)."""
+    """AdamW, one cycle. images: (N, C, H, W) uint8.  epochs: None: as many as it needs.
+    """
+    # Four epochs, or ten of photographs, are enough of a large dataset. A small one is
+    # seen more often, at most 60 times.
     colour = images.shape[1] == 3
-    B = min(128, len(images))
     if epochs is None:
-        epochs = max(10, 150_000 // len(images)) if colour else max(4, 40_000 // len(images))
+        enough = 150_000 if colour else 40_000
+        epochs = max(10 if colour else 4, enough // len(images))
         epochs = min(60, epochs)
+    # Batches and steps.
+    B = min(128, len(images))
     steps = epochs * (len(images) // B)
     H, W = images.shape[2:]
-    jitter = v2.Compose([v2.RandomHorizontalFlip(),  # another one for each photograph
-                         v2.RandomCrop((H, W), padding=4, padding_mode="reflect")])
+    jitter = v2.Compose([
+        v2.RandomHorizontalFlip(),
+        v2.RandomCrop((H, W), padding=4, padding_mode="reflect")])
+    # The rate rises, then falls to nothing.
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+
     with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
         for _ in range(epochs):
-            order = torch.randperm(len(images))
-            for batch in order.split(B)[: len(images) // B]:
+            order = torch.randperm(len(images))  # anew in each epoch
+            for batch in order.split(B):
+                if len(batch) < B:  # the rest comes in another epoch
+                    break
                 x = to_float(images[batch])
-                if colour:
+                if colour:  # each photograph is mirrored and shifted by itself
                     x = torch.stack([jitter(image) for image in x])
                 with autocast(device):
                     logits = classifier(x.to(device))
-                loss = F.cross_entropy(logits.float(), labels[batch].to(device))
+                y = labels[batch].to(device)
+                loss = F.cross_entropy(logits.float(), y)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                schedule.step()
+                schedule.step()  # the rate goes by steps, not epochs
                 bar.update()
 
 
 @torch.inference_mode()
 def features_and_probabilities(classifier, images, device):
     """uint8 images (N, C, H, W) -> features (N, d), probabilities (N, classes)."""
-    features, probabilities = [], []
-    for chunk in images.split(max(1, 2**20 // images[0, 0].numel())):  # a million pixels at once
+    features = []
+    probabilities = []
+    H, W = images.shape[2:]
+    at_once = max(1, 2**20 // (H * W))  # a million pixels
+    for chunk in images.split(at_once):
         with autocast(device):
-            f = classifier.body(to_float(chunk).to(device))
-            logits = classifier.head(f)
+            f = classifier.body(to_float(chunk).to(device))  # (n, d)
+            logits = classifier.head(f)  # (n, classes)
         features.append(f.float().cpu())
         probabilities.append(logits.float().softmax(1).cpu())
     return torch.cat(features), torch.cat(probabilities)
 
 
-def get_classifier(checkpoint, images, labels, test_images, test_labels, device):
+def get_classifier(checkpoint, train, test, device):
     """(the dataset's classifier, its test accuracy per class: nan if none is tested).
-    Trained once, and kept in a file. images, labels: the training images, of every
-    class; their digest is in the file's name. Without a test part (None), a fifth of
-    each class is held out to test on."""
+    Trained once, and kept in a file. train, test: (images, labels), of every class. The
+    digest of the training images is in the file's name. Where there is no test part,
+    (None, None), a fifth of each class is held out to test on."""
     data = checkpoint.data
-    path = Path("checkpoints") / f"pooled-classifier-{title_of(data)}-{digest([images, labels])}.pt"
-    torch.manual_seed(0)
-    classifier = Classifier(tuple(images.shape[1:]), len(data["classes"])).to(
-        device, memory_format=torch.channels_last)  # twice as fast on a CPU
+    images, labels = train
+    classes = range(len(data["classes"]))
+    torch.manual_seed(0)  # the same classifier every time
+    classifier = Classifier(images.shape[1:], len(classes))
+    classifier.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+    path = Path("checkpoints") / f"pooled-classifier-{title_of(data)}-{digest(train)}.pt"
     if path.exists():
+        # Trained before, on the same images.
         saved = read_file(path)
         classifier.load_state_dict(saved["classifier"])
         return classifier.eval(), saved["accuracies"]
 
-    if test_images is None:
+    if test[0] is None:
         held_out = torch.zeros(len(images), dtype=torch.bool)
-        for i in range(len(data["classes"])):
+        for i in classes:
             of_class = (labels == i).nonzero().flatten()
-            held_out[of_class[1::5]] = True  # the first of all is learned, the second tested
-        test_images, test_labels = images[held_out], labels[held_out]
-        images, labels = images[~held_out], labels[~held_out]
+            held_out[of_class[1::5]] = True  # a lone image is learned
+        test = images[held_out], labels[held_out]  # both parts of every class
+        images = images[~held_out]
+        labels = labels[~held_out]
     if len(images) < 8:
         raise UserError(f"a classifier needs at least 8 images to learn from, not {len(images)}")
     train_classifier(classifier, images, labels, device)
 
-    predicted = features_and_probabilities(classifier.eval(), test_images, device)[1].argmax(1)
-    right = (predicted == test_labels).float()
-    accuracies = [right[test_labels == i].mean().item() for i in range(len(data["classes"]))]
+    _, probabilities = features_and_probabilities(classifier.eval(), test[0], device)
+    right = (probabilities.argmax(1) == test[1]).float()  # (N,)
+    of_classes = [right[test[1] == i] for i in classes]
+    accuracies = [of_class.mean().item() for of_class in of_classes]
     save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracies": accuracies})
     return classifier, accuracies
 
 
 # --------------------------------------------------------------------------------------
-# The report
-
-class Look(namedtuple("_", "samples features classes counts confidence")):
-    """A model's samples as the classifier sees them: (N, C, H, W) uint8, (N, d), (N,)
-    class indices, how many of each class, and how sure it is of them in the mean."""
-
+# What is measured of models
 
 class Judge:
-    """What models of one parent are measured with: classifier, real images, samples."""
+    """What all models of one parent are measured with: classifier and real images."""
 
     def __init__(self, checkpoint, device, data_root):
-        self.checkpoint = checkpoint
+        self.classes = checkpoint.data["classes"]  # by name
         self.device = device
-        self.images, self.labels = load_data_of(checkpoint, data_root)
-        test = load_data_of(checkpoint, data_root, train=False)
-        self.classifier, self.accuracies = get_classifier(checkpoint, self.images, self.labels,
-                                                          *test, device)
-        self.test = (self.images, self.labels) if test[0] is None else test
-        self.real_features, _ = features_and_probabilities(self.classifier, self.images, device)
-        self.looks = {}   # of models that are met again, by path and noise
-        self.before = {}  # what was measured of the parent, by forgotten classes
+        self.train = load_data_of(checkpoint, data_root)  # (images, labels)
+        self.test = load_data_of(checkpoint, data_root, train=False)
+        self.classifier, self.accuracies = get_classifier(
+            checkpoint, self.train, self.test, device)
+        self.real_features, _ = self.classify(self.train[0])
+        if self.test[0] is None:
+            # there is no other part to bound -log p of
+            self.test = self.train
 
-    def look(self, model, args, series="", keep=False):
-        """A Look at a model. series: models of another one share no noise with it."""
-        if (model.path, series) in self.looks:
-            return self.looks[model.path, series]
+    def classify(self, images):
+        """uint8 images (N, C, H, W) -> features (N, d), probabilities (N, classes)."""
+        return features_and_probabilities(self.classifier, images, self.device)
+
+    def draw_and_classify(self, model, args, series=""):
+        """Samples of a Checkpoint's model, and what the classifier sees in them: a dict
+        of "samples" (N, C, H, W) uint8, "features" (N, d), "classes" (N,), and "counts"
+        (one number per class). series: models of one series share their noise."""
         print(f"sampling from {model.path}")
         samples = draw(model, args.samples, args, series, progress=True)
-        features, probabilities = features_and_probabilities(self.classifier, samples, self.device)
-        classes = probabilities.argmax(1)
-        counts = classes.bincount(minlength=probabilities.shape[1]).tolist()
-        confidence = probabilities.max(1).values.mean().item()
-        look = Look(samples, features, classes, counts, confidence)
-        if keep:
-            self.looks[model.path, series] = look
-        return look
+        features, probabilities = self.classify(samples)
+        classes = probabilities.argmax(1)  # (N,)
+        counts = classes.bincount(minlength=len(self.classes)).tolist()
+        return {"samples": samples, "features": features, "classes": classes, "counts": counts}
 
-    def measure(self, look, forgotten, model, bits):
-        """All that is reported of one model: a dict.
-        forgotten: indices of classes.  bits: how many forgotten and retained test
-        images (training images, where there is no test part) to bound -log p of, in
-        bits per dimension: what the method claims to change, and to keep. The same
-        images, t and eps for every model."""
-        gone = torch.tensor(forgotten)
-        real = self.real_features[~torch.isin(self.labels, gone)]
-        deleted = look.features[~torch.isin(look.classes, gone)]
-        result = {"counts": dict(zip(self.checkpoint.data["classes"], look.counts)),
-                  "forgotten_count": sum(look.counts[i] for i in forgotten),
-                  "mean_confidence": look.confidence,
-                  "u_fid": frechet_distance(look.features, real),
-                  "u_fid_of_perfect_deletion": math.nan,
-                  # of samples that are all alike, in the middle of the real images
-                  "u_fid_of_a_point": torch.cov(real.T).trace().item()}
-        if len(deleted) > 1:
-            result["u_fid_of_perfect_deletion"] = frechet_distance(deleted, real)
-
+    def bits(self, model, of_kind, n):
+        """The upper bound on -log p, in bits per dimension, in the mean over n of the
+        test images where of_kind (N,) is true. The same images, t and eps for every
+        model. (The method claims to raise it for D_f, and to keep it for D_r.)"""
+        images = self.test[0][of_kind]  # (K, C, H, W)
         generator = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(images), generator=generator)[:n]
+        if len(chosen) == 0:
+            return math.nan
+        x0 = to_float(images[chosen]).to(self.device)
+        bound = model.diffusion.variational_bound(model.unet, x0, 40)  # at 40 of the steps
+        return bound["total"].mean().item()
+
+    def measure(self, model, seen, forgotten, n_bits):
+        """All that is reported of one model: a dict of plain values.
+        seen: what draw_and_classify returned.  forgotten: indices of classes."""
+        gone = torch.tensor(forgotten)
+        # u-FID is against the images that should stay.
+        retained = ~torch.isin(self.train[1], gone)
+        real = self.real_features[retained]
+        rest = seen["features"][~torch.isin(seen["classes"], gone)]
+        deleted = math.nan
+        if len(rest) > 1:
+            deleted = frechet_distance(rest, real)
         is_gone = torch.isin(self.test[1], gone)
-        for name, of_kind in (("bits_forgotten", is_gone), ("bits_retained", ~is_gone)):
-            of_kind = of_kind.nonzero().flatten()
-            chosen = of_kind[torch.randperm(len(of_kind), generator=generator)[:bits]]
-            result[name] = math.nan
-            if len(chosen):
-                x0 = to_float(self.test[0][chosen]).to(self.device)
-                bound = model.diffusion.variational_bound(model.unet, x0, 40)
-                result[name] = bound["total"].mean().item()
-        return result
+        return {
+            "checkpoint": model.path,
+            "counts": dict(zip(self.classes, seen["counts"])),
+            "forgotten_count": sum(seen["counts"][i] for i in forgotten),
+            "u_fid": frechet_distance(seen["features"], real),
+            # less the samples of the class: what deleting those alone would reach
+            "u_fid_of_perfect_deletion": deleted,
+            # of samples that are all alike, in the middle of the real images
+            "u_fid_of_a_point": torch.cov(real.T).trace().item(),
+            "bits_forgotten": self.bits(model, is_gone, n_bits),
+            "bits_retained": self.bits(model, ~is_gone, n_bits)}
 
 
 def draw(model, n, args, series="", progress=False):
     """n samples of a Checkpoint's model, uint8: of one series, the same noise."""
-    return to_uint8(model.diffusion.sample(
-        model.unet, n, model.config["image_shape"], args.sampling_steps, 1.0, args.seed,
-        progress=progress, series=series))
+    samples = model.diffusion.sample(
+        model.unet, n, model.config["image_shape"], args.sampling_steps, eta=1.0,
+        seed=args.seed, progress=progress, series=series)
+    return to_uint8(samples)
+
+
+def frechet(a, b):
+    """The Frechet distance between what was seen of two models."""
+    return frechet_distance(a["features"], b["features"])
+
+
+def total_variation(a, b):
+    """The total variation distance between the shares of all classes."""
+    return drift(a["counts"], b["counts"], ())
 
 
 def against_retraining(before, after, retrained, forgotten):
     """How much of the distance to the retrained model is left: a dict.
 
-    before, after: Looks.  retrained: those of one or two models, of other seeds, that
-    never saw the forgotten classes, which stand for p(theta | D_r). Of distances to
-    both the mean is taken; how far the two lie apart is the floor, nan for one.
-    "left" = (after - floor) / (before - floor): 0 is a retrained model, 1 is untouched.
-    The floor holds what n samples add to every Frechet distance, and how far two seeds
-    lie apart: both are taken off, so that "left" may fall below 0."""
-    result = {"PUL": [], "drift": math.nan, "worst_kept": (None, math.nan)}
-    n_before = sum(before.counts[i] for i in forgotten)
-    for look in retrained:
-        n = sum(look.counts[i] for i in forgotten)
+    before, after: what was seen of them (draw_and_classify).  retrained: that of one or
+    two models, of other seeds, that never saw the forgotten classes, which stand for
+    p(theta | D_r). Of distances to both the mean is taken; how far the two lie apart is
+    the floor, nan for one. "left" = (after - floor) / (before - floor): 0 is a
+    retrained model, 1 is untouched. The floor holds what n samples add to every Frechet
+    distance, and how far two seeds lie apart: both are taken off, so that "left" may
+    fall below 0."""
+    result = {"PUL": [], "drift": math.nan, "worst_kept": math.nan}
+    # What a retrained model has of the class: the classifier's mistakes, mostly.
+    n_before = sum(before["counts"][i] for i in forgotten)
+    for seen in retrained:
+        n = sum(seen["counts"][i] for i in forgotten)
         result["PUL"].append(percentage_of_unlearning(n_before, n))
+
+    # What two retrained models differ by in the retained classes.
     if len(retrained) == 2:
-        counts = [look.counts for look in retrained]
-        result["drift"] = drift(*counts, forgotten)
-        result["worst_kept"] = min(worst_kept(*counts, forgotten),
-                                   worst_kept(*counts[::-1], forgotten), key=itemgetter(1))
+        first = retrained[0]["counts"]
+        second = retrained[1]["counts"]
+        result["drift"] = drift(first, second, forgotten)
+        result["worst_kept"] = min(worst_kept(first, second, forgotten)[1],
+                                   worst_kept(second, first, forgotten)[1])
 
-    def frechet(a, b):
-        return frechet_distance(a.features, b.features)
-
-    def total_variation(a, b):
-        return drift(a.counts, b.counts, ())
-
+    # The two distances, and what is left of the way.
     for distance in (frechet, total_variation):
-        to_after = sum(distance(after, look) for look in retrained) / len(retrained)
-        to_before = sum(distance(before, look) for look in retrained) / len(retrained)
+        to_after = sum(distance(after, seen) for seen in retrained) / len(retrained)
+        to_before = sum(distance(before, seen) for seen in retrained) / len(retrained)
         floor = distance(*retrained) if len(retrained) == 2 else math.nan
-        left = math.nan
+        left = math.nan  # where the model before is as near as the floor
         if to_before > floor:
             left = (to_after - floor) / (to_before - floor)
         result[distance.__name__] = {"after": to_after, "before": to_before, "floor": floor,
@@ -294,141 +341,155 @@ def against_retraining(before, after, retrained, forgotten):
     return result
 
 
-TOO_FEW = 20        # of the class, before: a share of fewer says little
+# --------------------------------------------------------------------------------------
+# The report
+
+TOO_FEW = 20        # samples of the class, before: of fewer PUL is noise
 ACCURATE = 0.8      # below it, the classifier's counts say little
 
 
-def compare(judge, after, names, args, retrained=()):
-    """(report, samples) of the models before and after; names: forgotten classes.
-    retrained: as in against_retraining, but Checkpoints."""
-    parent, classes = judge.checkpoint, after.data["classes"]
-    key = tuple(classes.index(name) for name in names)
-    looks = {"before": judge.look(parent, args, keep=True), "after": judge.look(after, args)}
-    if key not in judge.before:
-        judge.before[key] = judge.measure(looks["before"], key, parent, args.bits)
-    a, b = judge.before[key], judge.measure(looks["after"], key, after, args.bits)
-    worst, left = worst_kept(looks["before"].counts, looks["after"].counts, key)
+def report_on(judge, before, after, seen, forgotten, args):
+    """The report of one unlearned model: a dict of plain values.
 
-    target = {}
-    if retrained:
-        others = [judge.look(model, args, f"retrained {i}", keep=True)
-                  for i, model in enumerate(retrained)]
-        target = {"checkpoints": [model.path for model in retrained],
-                  **against_retraining(looks["before"], looks["after"], others, key)}
+    before, after: Checkpoints.  seen: {"before", "after"}: what draw_and_classify
+    returned; "retrained": a list of such.  forgotten: indices of classes."""
+    # Each model by itself, then one against the other.
+    a = judge.measure(before, seen["before"], forgotten, args.bits)
+    b = judge.measure(after, seen["after"], forgotten, args.bits)
+    counts = seen["before"]["counts"], seen["after"]["counts"]
+    worst, left = worst_kept(*counts, forgotten)
+    report = {
+        "forgotten": [judge.classes[i] for i in forgotten],
+        "PUL": percentage_of_unlearning(a["forgotten_count"], b["forgotten_count"]),
+        "drift": drift(*counts, forgotten),
+        "worst_kept": {"class": None if worst is None else judge.classes[worst],
+                       "share_left": left},
+        "before": a,
+        "after": b,
+        "retrained": {},
+        "classifier_accuracy": torch.tensor(judge.accuracies).nanmean().item(),
+        "classifier_accuracy_on_forgotten": [judge.accuracies[i] for i in forgotten],
+        "settings": vars(args),
+        "data": before.data,
+        "unlearning": after.forgotten}
+    if seen["retrained"]:
+        report["retrained"] = against_retraining(seen["before"], seen["after"],
+                                                 seen["retrained"], forgotten)
+    report["warnings"] = warnings_of(report)
+    return report
 
-    # The classifier counts whatever it is shown, noise too.
-    tested = [x for x in judge.accuracies if not math.isnan(x)]
-    accuracy = sum(tested) / max(1, len(tested))
+
+def warnings_of(report):
+    """Reasons to distrust the numbers: the classifier counts what it is shown, noise,
+    too."""
+    a = report["before"]
     warnings = []
-    if b["u_fid"] >= 10 * a["u_fid"]:
+    if report["after"]["u_fid"] >= 10 * a["u_fid"]:
         warnings.append("u-FID grew more than tenfold")
     if a["u_fid"] >= a["u_fid_of_a_point"]:
         warnings.append("the model before draws nothing like the images")
-    if accuracy < ACCURATE:
-        warnings.append(f"the classifier is right on {100 * accuracy:.0f}% of a class alone")
+    if report["classifier_accuracy"] < ACCURATE:
+        percent = 100 * report["classifier_accuracy"]
+        warnings.append(f"the classifier is right on no more than {percent:.0f}%")
     if a["forgotten_count"] < TOO_FEW:
         warnings.append(f"{a['forgotten_count']} before are too few for a PUL: more --samples")
-
-    return {
-        "forgotten": names,
-        "PUL": percentage_of_unlearning(a["forgotten_count"], b["forgotten_count"]),
-        "drift": drift(looks["before"].counts, looks["after"].counts, key),
-        "worst_kept": {"class": None if worst is None else classes[worst], "share_left": left},
-        "warnings": warnings,
-        "retrained": target,
-        "before": {"checkpoint": parent.path, **a},
-        "after": {"checkpoint": after.path, **b},
-        "classifier_accuracy": accuracy,
-        "classifier_accuracy_on_forgotten": [judge.accuracies[i] for i in key],
-        "settings": vars(args), "data": parent.data, "unlearning": after.forgotten,
-    }, {when: look.samples for when, look in looks.items()}
+    return warnings
 
 
 def print_table(reports):
     """A row per model; under it what to beware of, and the distance to retraining."""
-    width = 2 + max(len(r["after"]["checkpoint"]) for r in reports)
-    titles = ("forgotten", "count", "PUL", "u-FID", "if deleted", "drift", "worst kept",
-              "bits of D_f", "bits of D_r")
-    print(" " * width + "".join(f"{title:>16}" for title in titles))
+    rows = [("", "forgotten", "count", "PUL", "u-FID", "if deleted", "drift", "worst kept",
+             "bits of D_f", "bits of D_r")]
+    # One row for each report.
     for r in reports:
-        a, b, worst = r["before"], r["after"], r["worst_kept"]
+        a = r["before"]
+        b = r["after"]
         pul = f"{r['PUL']:.1f}%"
         if a["forgotten_count"] < TOO_FEW:
             pul = "too few"
-        cells = [", ".join(r["forgotten"])[:14],
-                 f"{a['forgotten_count']} -> {b['forgotten_count']}",
-                 pul,
-                 f"{a['u_fid']:.2f} -> {b['u_fid']:.2f}",
-                 f"{a['u_fid_of_perfect_deletion']:.2f}",
-                 f"{r['drift']:.3f}",
-                 f"{str(worst['class'])[:9]}, {100 * worst['share_left']:.0f}%"]
-        for key in ("bits_forgotten", "bits_retained"):
-            cells.append(f"{a[key]:.2f} -> {b[key]:.2f}")
-        print(f"{b['checkpoint']:{width}}" + "".join(f"{cell:>16}" for cell in cells))
-        for warning in r["warnings"]:
-            print(f"  WARNING: {warning}; the counts mean little: see the pictures")
-        if r["retrained"]:
-            print_distance(r["retrained"])
-        on_forgotten = ", ".join(f"{100 * x:.1f}%" for x in r["classifier_accuracy_on_forgotten"])
-        n = sum(a["counts"].values())
-        print(f"  the classifier is right on {100 * r['classifier_accuracy']:.1f}% in the mean "
-              f"over classes, on {on_forgotten} of the forgotten; N = {n:,} samples")
+        rows.append((
+            b["checkpoint"],
+            ", ".join(r["forgotten"])[:14],
+            f"{a['forgotten_count']} -> {b['forgotten_count']}",
+            pul,
+            f"{a['u_fid']:.2f} -> {b['u_fid']:.2f}",
+            f"{a['u_fid_of_perfect_deletion']:.2f}",
+            f"{r['drift']:.3f}",
+            f"{str(r['worst_kept']['class'])[:9]}, {100 * r['worst_kept']['share_left']:.0f}%",
+            f"{a['bits_forgotten']:.2f} -> {b['bits_forgotten']:.2f}",
+            f"{a['bits_retained']:.2f} -> {b['bits_retained']:.2f}"))
+    width = 2 + max(len(row[0]) for row in rows)  # of the first column, file names
+    for row, r in zip(rows, [None, *reports]):
+        print(f"{row[0]:{width}}" + "".join(f"{cell:>16}" for cell in row[1:]))
+        if r is not None:
+            print_notes(r)
 
 
-def print_distance(target):
-    """The lines of a report about the retrained models."""
-    pul = ", ".join(f"{x:.1f}%" for x in target["PUL"])
-    print(f"  retrained ({', '.join(target['checkpoints'])}): PUL {pul}")
-    if len(target["checkpoints"]) == 2:
-        print(f"  between the two: drift {target['drift']:.3f}, worst kept "
-              f"{100 * target['worst_kept'][1]:.0f}%")
-    for name in ("frechet", "total_variation"):
-        said = ("  distance to it, {name}: {after:.3f}, before {before:.3f}, floor {floor:.3f}; "
-                "left {left:.2f}")
-        print(said.format(name=name, **target[name]))
-    if len(target["checkpoints"]) < 2:
-        print("  the floor is missing: it takes two models, retrained from two seeds")
+def print_notes(r):
+    """The lines under a row of the table."""
+    for warning in r["warnings"]:
+        print(f"  WARNING: {warning}; look at the pictures")
+    # The retrained models, where there are any.
+    target = r["retrained"]
+    if target:
+        print("  retrained: PUL " + ", ".join(f"{x:.1f}%" for x in target["PUL"]))
+        for name in ("frechet", "total_variation"):
+            said = ("  distance to it, {name}: {after:.3f}, before {before:.3f}, floor {floor:.3f};"
+                    " left {left:.2f}")
+            print(said.format(name=name, **target[name]))
+        if len(target["PUL"]) == 1:
+            print("  the floor is missing: it takes two models, retrained from two seeds")
+        else:
+            print(f"  between the two: drift {target['drift']:.3f}, worst kept "
+                  f"{100 * target['worst_kept']:.0f}%")
+    on_forgotten = ", ".join(f"{100 * x:.1f}%" for x in r["classifier_accuracy_on_forgotten"])
+    n = sum(r["before"]["counts"].values())
+    print(f"  the classifier is right on {100 * r['classifier_accuracy']:.1f}% in the mean over "
+          f"classes, on {on_forgotten} of the forgotten; N = {n:,} samples")
 
 
-def relearning(judge, model, names, args, images=100, lr=2e-4):
+COUNT_AT = (0, 2, 5, 10, 20, 50, 100, 200, 500)  # steps of relearning after which is counted
+
+
+def relearning(judge, model, forgotten, args, images=100, lr=2e-4):
     """How fast the class comes back as DDPM's training goes on, on images of it alone.
 
     model: a Checkpoint, spent afterwards.  images: how many.  Returns {"steps",
     "images", "samples", "shares": of the samples that are counted as the class}."""
     # Weights that no longer draw a class may still hold it. A model that never saw it
     # has to learn it from these few images; one that only hides it is quicker.
-    forgotten = torch.tensor([judge.checkpoint.data["classes"].index(name) for name in names])
-    of_class = torch.isin(judge.labels, forgotten).nonzero().flatten()
+    gone = torch.tensor(forgotten)
+    # A few images of the class: the same for every model.
+    of_class = judge.train[0][torch.isin(judge.train[1], gone)]
     generator = torch.Generator().manual_seed(args.seed)
-    chosen = of_class[torch.randperm(len(of_class), generator=generator)[:images]]
-    x = to_float(judge.images[chosen]).to(judge.device)  # (K, C, H, W)
-    marks = [n for n in (0, 2, 5, 10, 20, 50, 100, 200, 500) if n < args.relearn]
-    marks.append(args.relearn)
-    n, shares = min(args.samples, 500), []
-    optimizer = torch.optim.AdamW(model.unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    chosen = torch.randperm(len(of_class), generator=generator)[:images]
+    x = to_float(of_class[chosen]).to(judge.device)  # (K, C, H, W)
+
+    n = min(args.samples, 500)
+    marks = [mark for mark in COUNT_AT if mark < args.relearn]
+    marks.append(args.relearn)  # and at the end
+    shares = []
+    optimizer = torch.optim.AdamW(model.unet.parameters(), lr, betas=(0.9, 0.99),
+                                  weight_decay=0.0)
     torch.manual_seed(args.seed)
-    for step in tqdm(range(marks[-1] + 1), desc="relearning", unit="step"):
+    for step in tqdm(range(args.relearn + 1), desc="relearning", unit="step"):
         if step in marks:
-            samples = draw(model, n, args)
-            _, p = features_and_probabilities(judge.classifier, samples, judge.device)
-            shares.append(torch.isin(p.argmax(1), forgotten).float().mean().item())
-        if step < marks[-1]:
-            batch = x[torch.randint(len(x), (64,)).to(x.device)]
+            _, probabilities = judge.classify(draw(model, n, args))
+            is_gone = torch.isin(probabilities.argmax(1), gone)
+            shares.append(is_gone.float().mean().item())
+        if step < args.relearn:
+            batch = x[torch.randint(len(x), (64,)).to(x.device)]  # (64, C, H, W)
             training_step(model.unet, model.diffusion, optimizer, batch)
-    print(f"relearning from {len(x)} images: after {marks} steps "
-          + ", ".join(f"{100 * share:.1f}%" for share in shares))
+    said = ", ".join(f"{100 * share:.1f}%" for share in shares)
+    print(f"relearning from {len(x)} images: after {marks} steps {said}")
     return {"steps": marks, "images": len(x), "samples": n, "shares": shares}
 
 
-def write_json(path, value):
-    """Plain values as JSON, whole or not at all; nan, which JSON lacks, as null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    write_atomically(path, lambda f: f.write(json.dumps(value, indent=2).encode()))
-
-
-def write_images(path, images, **layout):
-    """uint8 images (N, C, H, W) as one PNG, a grid; whole or not at all."""
-    write_atomically(path, lambda f: save_image(images.float() / 255, f, format="png", **layout))
+def write_json(path, value, overwrite):
+    """Plain values as JSON, whole or not at all; nan and infinity become null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)  # NaN -> None
+    text = json.dumps(value, indent=2)
+    write_atomically(path, lambda f: f.write(text.encode()), overwrite)
 
 
 # --------------------------------------------------------------------------------------
@@ -436,9 +497,10 @@ def write_images(path, images, **layout):
 
 def newest_unlearned(folder):
     """The newest checkpoint of vdu.py in `folder`. Raises UserError for none."""
-    for path in sorted(Path(folder).glob("*.pt"), key=os.path.getmtime, reverse=True):
+    paths = sorted(Path(folder).glob("*.pt"), key=os.path.getmtime)  # the oldest first
+    for path in reversed(paths):
         with contextlib.suppress(UserError):  # a broken file is not the one that is looked for
-            raw = read_file(path, lazy=True)
+            raw = read_file(path, lazy=True)  # the numbers stay on disk
             if isinstance(raw, dict) and raw.get("forgotten"):
                 return str(path)
     raise UserError(f"no unlearned model in {folder}/: make one with python vdu.py")
@@ -447,58 +509,108 @@ def newest_unlearned(folder):
 def parent_of(after, device):
     """The model that `after` was unlearned from: where vdu.py read it, or beside
     `after` if both were moved. Raises UserError if it is gone or another."""
-    past = after.forgotten or {"checkpoint": "no model"}
-    beside = Path(after.path).with_name(Path(past["checkpoint"]).name)
-    places = [place for place in (past["checkpoint"], beside) if os.path.exists(place)]
-    before = load_checkpoint(places[0], device) if places else None
-    if not before or past.get("parent") not in (None, digest(before.unet.state_dict().values())):
-        raise UserError(f"{after.path} was unlearned from {past['checkpoint']}, which is gone or "
-                        "another: say with --before FILE what to compare it with")
-    return before
+    if not after.forgotten:
+        raise UserError(f"{after.path} forgot nothing: say with --before FILE what to compare it "
+                        "with")
+    # There, or beside `after`, with the same numbers.
+    there = Path(after.forgotten["checkpoint"])
+    for place in (there, Path(after.path).with_name(there.name)):
+        if place.exists():
+            before = load_checkpoint(place, device)
+            if digest(before.unet.state_dict().values()) == after.forgotten["parent"]:
+                return before
+    raise UserError(f"{after.path} was unlearned from {there}, which is gone or another: say with "
+                    "--before FILE what to compare it with")
+
+
+def choose_forgotten(args, before, after):
+    """Indices of the classes to count: those that are named, else those that it was
+    told to forget, or trained without. Raises UserError for none, and for all."""
+    classes = before.data["classes"]
+    names = args.forget_class
+    if names is None:
+        names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
+    forgotten = class_indices(names, classes)
+    known = len(classes) - len(before.data["excluded"])  # that it can draw
+    if not 0 < len(forgotten) < known:
+        raise UserError("say with --forget-class what to count, and leave at least one class")
+    return forgotten
+
+
+def load_retrained(args, before, names, device):
+    """The one or two Checkpoints that were trained without what is forgotten; none
+    where none is named and none lies beside the parent. Raises UserError for others."""
+    # Those that are named, or that have the name that README gives them.
+    files = args.retrained
+    if files is None:
+        without = f"{Path(before.path).with_suffix('')}-without-{'-'.join(names)}"
+        beside = (f"{without}.pt", f"{without}-again.pt")
+        files = [file for file in beside if os.path.exists(file)]
+    models = [load_checkpoint(file, device) for file in files]
+    if len(models) > 2:
+        raise UserError("--retrained takes one model or two")
+    for model in models:
+        check_dataset(before, model)
+        if sorted(model.data["excluded"]) != sorted(names):
+            raise UserError(f"{model.path} was not trained without {', '.join(names)}")
+    return models
+
+
+def check_dataset(before, model):
+    """Raise UserError unless both were trained on images of one size and the same
+    classes."""
+    same_classes = before.data["classes"] == model.data["classes"]
+    same_shape = list(before.config["image_shape"]) == list(model.config["image_shape"])
+    if not (same_classes and same_shape):
+        raise UserError(f"{before.path} and {model.path} were not trained on one dataset")
 
 
 def main(args):
     """One report for each of args.after, and a table of all."""
-    device, reports, judges = pick_device(args.device), [], {}
+    device = pick_device(args.device)
     paths = args.after or [newest_unlearned("checkpoints")]
+    # Where the reports go, before any work.
     folders = [Path(args.output) / Path(path).stem for path in paths]
     if len(set(folders)) < len(folders):
         raise UserError("--after: two files have the same name, and their reports would be one")
-    names = ("report.json", "before.png", "after.png")
-    check_outputs([folder / name for folder in folders for name in names], args.overwrite)
+    for folder in folders:
+        for name in ("report.json", "before.png", "after.png"):
+            check_output(folder / name, args.overwrite)
+
+    judges = {}  # by parent: (Judge, what was seen of the parent)
+    reports = []
     for path, folder in zip(paths, folders):
+        # What is compared: after, before, retrained.
         after = load_checkpoint(path, device)
-        before = load_checkpoint(args.before, device) if args.before else parent_of(after, device)
-        # Count the classes that are named, else those it was told to forget.
-        classes = after.data["classes"]
-        named = [classes[i] for i in class_indices(args.forget_class or [], classes)]
-        forgotten = named or (after.forgotten or {"classes": after.data["excluded"]})["classes"]
-        if not forgotten or len(forgotten) >= len(classes) - len(before.data["excluded"]):
-            raise UserError("say with --forget-class what to count, and leave at least one class")
-        # The target is the model that was retrained without them, where there is one.
-        without = f"{Path(before.path).with_suffix('')}-without-{'-'.join(forgotten)}"
-        beside = [file for file in (f"{without}.pt", f"{without}-again.pt") if os.path.exists(file)]
-        retrained = [load_checkpoint(file, device) for file in args.retrained or beside]
-        for model in (after, *retrained):
-            known = [(c.data["classes"], [*c.config["image_shape"]]) for c in (before, model)]
-            if known[0] != known[1]:
-                raise UserError(f"{before.path} and {model.path} were not trained on one dataset")
-        for model in retrained:
-            if sorted(model.data["excluded"]) != sorted(forgotten):
-                raise UserError(f"{model.path} was not trained without {', '.join(forgotten)}")
-        if len(retrained) > 2:
-            raise UserError("--retrained takes one model or two")
+        if args.before:
+            before = load_checkpoint(args.before, device)
+        else:
+            before = parent_of(after, device)
+        check_dataset(before, after)
+        forgotten = choose_forgotten(args, before, after)
+        names = [before.data["classes"][i] for i in forgotten]
+        retrained = load_retrained(args, before, names, device)
+
+        # Samples of each. Before and after have the same noise, the others their own.
         if before.path not in judges:
-            judges[before.path] = Judge(before, device, args.data_root)
-        report, samples = compare(judges[before.path], after, forgotten, args, retrained)
+            judge = Judge(before, device, args.data_root)
+            judges[before.path] = judge, judge.draw_and_classify(before, args)
+        judge, seen_before = judges[before.path]
+        seen = {
+            "before": seen_before,
+            "after": judge.draw_and_classify(after, args),
+            "retrained": [judge.draw_and_classify(model, args, f"retrained {i}")
+                          for i, model in enumerate(retrained)]}
+
+        report = report_on(judge, before, after, seen, forgotten, args)
         reports.append(report)
-        write_json(folder / "report.json", report)  # once it exists; again with relearning
-        for when, images in samples.items():
-            write_images(folder / f"{when}.png", images[:64])
+        for when in ("before", "after"):
+            samples = seen[when]["samples"][:64]
+            write_images(folder / f"{when}.png", samples, args.overwrite)
         if args.relearn:
-            report["relearning"] = relearning(judges[before.path], after, forgotten, args)
-            write_json(folder / "report.json", report)
-        print(f"wrote {folder}: {', '.join(names)}")
+            report["relearning"] = relearning(judge, after, forgotten, args)
+        write_json(folder / "report.json", report, args.overwrite)
+        print(f"wrote {folder}: report.json, before.png, after.png")
     print_table(reports)
 
 

@@ -21,8 +21,10 @@ the published model; L = 77 tokens; E numbers per token (768).
 import argparse
 import gzip
 import html
+import math
 import re
 import shlex
+import time
 import unicodedata
 from collections import OrderedDict, namedtuple
 
@@ -31,25 +33,38 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ddpm import (Diffusion, UserError, add_shared_flags, check_finite, check_outputs,
+from ddpm import (WEIGHTS, Diffusion, UserError, add_shared_flags, check_finite, check_output,
                   first_line, number, pick_device, read_file, run_command_line, save_checkpoint,
                   state_dict_of)
-from evaluate import write_images
-from train_ddpm import GaussianPosterior, load_images, to_float, to_uint8
+from train_ddpm import GaussianPosterior, load_images, to_float, to_uint8, write_images
 from unet import UNet, normalization, split_heads
 from vdu import (FunctionSpaceObjective, Likeness, PaperObjective, add_unlearning_flags,
-                 count_evaluations, frozen_network, guessed_posterior, middle_features, run,
-                 with_defaults)
+                 count_evaluations, frozen_network, guessed_posterior, middle_features,
+                 print_outcome, share_like, unlearn, with_defaults)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
 SIZES = {
-    "unet": dict(in_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2,
-                 attention_resolutions=(1, 2, 4), num_heads=8, context_dim=768),
-    "autoencoder": dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4),
-    "text_encoder": dict(vocab_size=49408, width=768, layers=12, num_heads=12, mlp_width=3072,
-                         positions=77),
-}
+    "unet": dict(
+        in_channels=4,
+        model_channels=320,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        attention_resolutions=(1, 2, 4),
+        num_heads=8,
+        context_dim=768),
+    "autoencoder": dict(
+        ch=128,
+        ch_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        z_channels=4),
+    "text_encoder": dict(
+        vocab_size=49408,
+        width=768,
+        layers=12,
+        num_heads=12,
+        mlp_width=3072,
+        positions=77)}
 PREFIX = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
           "text_encoder": "cond_stage_model.transformer."}
 LATENT_SCALE = 0.18215
@@ -67,110 +82,169 @@ class StableDiffusion(namedtuple("_", "unet autoencoder text_encoder tokenizer d
     @torch.no_grad()
     def context(self, prompts):
         """Prompts (a list of N) -> (N, 77, E)."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.diffusion.beta.device))
+        ids = self.tokenizer(prompts)  # (N, 77)
+        return self.text_encoder(ids.to(self.diffusion.beta.device))
 
 
 # --------------------------------------------------------------------------------------
 # Unlearning
 
 OURS = dict(
-    gamma=0.001, lr=0.25, steps=300, batch_size=2,
-    accumulate=8, adam=True,  # batches per step, 16 images in the memory of 2; Adam's steps
+    gamma=0.001,
+    lr=0.25,
+    steps=300,
+    batch_size=2,
+    accumulate=8,        # batches per step: 16 images of D_f, in the memory of 2
+    adam=True,
     t_range=[0.2, 1.0],
     anchors=48,          # images of other prompts, drawn by theta*
     parameters="cross-attention")  # where the prompt enters: 5% of the U-Net
-PAPER = {**OURS, "gamma": 0.0002, "lr": 0.03, "steps": 200, "batch_size": 4, "accumulate": 1,
-         "t_range": [0.2, 0.7]}
-CHECK_SAMPLES = 16
+PAPER = dict(
+    OURS,
+    gamma=0.0002,
+    lr=0.03,
+    steps=200,
+    batch_size=4,
+    accumulate=1,
+    t_range=[0.2, 0.7])
+CHECK_SAMPLES = 16  # for the concept's prompt, before and after
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
-# The empty prompt always: guidance subtracts what the model predicts for it.
+# The empty prompt must stay: guidance subtracts what the model predicts for it.
 NEUTRAL_PROMPTS = ("", "a photo of a person", "a photo of an animal", "a photo of food",
                    "a photo of a building", "a photo of a landscape", "a photo of an object",
                    "a painting", "a portrait", "a street", "a room", "a drawing")
 
 
 class PromptedObjective(FunctionSpaceObjective):
-    """The three terms with prompts, for which theta* itself says what D_f predicts.
-    In (b) of vdu.py, eps_theta* is what all images predict at x_t, here eps_theta* of
-    the empty prompt, and eps_f that of the concept's: the minimum can be written down.
-    (It is the target of ESD, Gandikota et al. 2023.)  empty: (1, L, E)."""
+    """The three terms with prompts, of which theta* itself predicts both: for the empty
+    one what all images say (eps_theta* in (b) of vdu.py), for the concept's what D_f
+    says (eps_f). So the target is (b)'s minimum itself, without noise. (It is that of
+    ESD, Gandikota et al. 2023.)  empty: (1, L, E)."""
 
-    K = 3.0  # how far past: the odds that an image drawn for the concept shows it
+    K = 3.0  # w / (1-w) of (b): of images like x_t, three in four are of D_f
 
     def __init__(self, *args, empty, **kwargs):
         super().__init__(*args, **kwargs)
-        self.empty = empty
-        self.weight_of_forget = self.rho  # this target has no noise that a 1/K has to damp
+        self.empty = empty  # the encoded prompt of no words
+        self.weight_of_forget = self.rho  # no noise to damp: not rho/K
 
-    def eps_target(self, xt, t, eps, eps_star):
-        """eps_theta* + K (eps_theta* - eps_f)."""
-        everything = self.frozen(xt, t, self.empty.expand(len(xt), -1, -1)).float()
-        return everything + self.K * (everything - eps_star)
+    def eps_target(self, xt, t, eps, eps_f):
+        """eps_theta* + K (eps_theta* - eps_f): eps_f, the prediction for the concept's
+        prompt, is what FunctionSpaceObjective computed with the prompts of D_f."""
+        prompts = self.empty.expand(len(xt), -1, -1)
+        eps_star = self.frozen(xt, t, prompts).float()
+        return eps_star + self.K * (eps_star - eps_f)
 
 
 def run_unlearn(args):
     """sd_unlearn.py unlearn. Raises UserError for what the user can put right."""
     args = with_defaults(args, OURS, PAPER)
-    check_outputs([args.output], args.overwrite, (".ckpt", ".pt", ".pth"))
+    check_output(args.output, args.overwrite, WEIGHTS)
     if not args.concept.strip():
         raise UserError("--concept must say what will be forgotten")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
+
+    # What is given: the model, its posterior, images.
     model = load(args.checkpoint, args.merges, device)
     check_size(model, args.size)
-    unet, diffusion = model.unet, model.diffusion
-    images = to_float(load_images(args.images, (3, args.size, args.size)))
-    # What moves, and its posterior: over checkpoints, or guessed from one.
-    moving = {k: p for k, p in unet.named_parameters()
-              if args.parameters == "all" or ".attn2." in k}
-    posterior = guessed_posterior(moving.items())
-    if args.posterior:
-        posterior = GaussianPosterior.from_checkpoints(
-            args.posterior, moving, lambda path: below(read_tensors(path)[0], "unet"))
-    unet.load_state_dict(posterior.mean, strict=False)  # theta* = mu*
-    for k, p in unet.named_parameters():
-        p.requires_grad_(k in moving)
-    rho = args.share or 0.5
-    origin = f"posterior of {posterior.n} checkpoints (of 1: sigma* is guessed)"
+    images = load_images(args.images, (3, args.size, args.size))
+    posterior = choose_moving(model.unet, args)
+    # Say what will happen.
+    n_moving = sum(mean.numel() for mean in posterior.mean.values())
     print(f"forgetting {args.concept!r}: images {len(images)}, of {args.size} pixels, moving "
-          f"{sum(p.numel() for p in moving.values()) / 1e6:.1f}M parameters, "
-          f"steps: {args.steps}, on {device}; {origin}")
-    # D_f as latents with its prompts; and what theta* draws for others.
-    counter = count_evaluations(unet)
-    frozen = frozen_network(unet, posterior)
-    forget = torch.cat([model.autoencoder.to_latents(image[None].to(device))
-                        for image in tqdm(images, desc="encoding", unit="image")])
-    context = model.context([template.format(args.concept) for template in TEMPLATES])
-    draw = lambda prompt, n, seed: sample_latents(model, prompt, n, args.size, 20, 5.0, seed,
-                                                  args.batch_size).to(device)
-    keep = [*NEUTRAL_PROMPTS, *(template.format(name) for name in args.keep
-                                for template in TEMPLATES)]
-    each = -(-args.anchors // len(keep))  # images per prompt
-    kept = torch.cat([draw(prompt, each, args.seed + 1 + i)
-                      for i, prompt in enumerate(tqdm(keep, desc="anchors", unit="prompt"))])
-    kept_context, empty = model.context(keep).repeat_interleave(each, 0), model.context([""])
-    # None of these is of D_f. Together with D_f itself, its share among them is known.
-    both = torch.cat([forget, kept])
-    likeness = Likeness(middle_features(frozen, diffusion, (empty,)), forget, both,
-                        len(forget) / len(both))
-    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range, context)
-    if args.paper:
-        objective = PaperObjective(*common, bound_weights=args.bound_weights)
-    else:
-        objective = PromptedObjective(*common, frozen=frozen, kept=kept, rho=rho,
-                                      kept_context=kept_context, empty=empty)
+          f"{n_moving / 1e6:.1f}M parameters, steps: {args.steps}, on {device}; posterior of "
+          f"{posterior.n} checkpoints (of 1: sigma* is guessed)")
 
-    def draw_concept():
-        return draw(TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.seed)
+    # Unlearn, and look at the same noise before and after.
+    counter = count_evaluations(model.unet)
+    objective, likeness = choose_objective(model, posterior, to_float(images), args)
 
-    record, _ = run(args, unet, posterior, objective, likeness, draw_concept(), draw_concept)
-    settings = {k: v for k, v in vars(args).items() if k != "run"}
-    record |= {"concept": args.concept, "images": len(images), "settings": settings, **counter}
-    save(args.output, args.checkpoint, moving, record)
+    def share_of_concept():
+        latents = draw(model, TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.seed, args)
+        return share_like(likeness(latents))
+
+    was_like = share_of_concept()
+    began = time.time()
+    record = unlearn(model.unet, posterior, objective, args.lr, args.steps, args.adam,
+                     args.accumulate, args.seed, progress=True)
+    record["like_D_f"] = [was_like, share_of_concept()]
+    print_outcome(record, time.time() - began, args.paper)
+
+    # The file: the checkpoint with other weights, and what was done.
+    record.update(concept=args.concept, images=len(images), settings=vars(args), **counter)
+    weights = model.unet.state_dict()  # all of them, by name
+    moved = {k: weights[k] for k in posterior.mean}
+    save(args.output, args.checkpoint, moved, record, args.overwrite)
     print(f"cost: {counter['evaluations']:,} evaluations of the U-Net for one image")
     files = f"{shlex.quote(args.checkpoint)} {shlex.quote(args.output)}"
     print(f"wrote {args.output}; look at it: python sd_unlearn.py sample --checkpoint {files} ...")
+
+
+def draw(model, prompt, n, seed, args):
+    """n latents for a prompt, on the model's device. 20 steps show what is in them."""
+    latents = sample_latents(model, prompt, n, args.size, 20, 5.0, seed, args.batch_size)
+    return latents.to(model.diffusion.beta.device)
+
+
+def choose_moving(unet, args):
+    """The posterior of the parameters that move, measured over checkpoints or guessed
+    from one; the U-Net is set to its mean, and the other parameters are frozen."""
+    moving = {k: p for k, p in unet.named_parameters()
+              if args.parameters == "all" or ".attn2." in k}
+
+    def read_unet(path):
+        tensors, _ = read_tensors(path)
+        return tensors_of(tensors, "unet")
+
+    if args.posterior:
+        posterior = GaussianPosterior.from_checkpoints(args.posterior, moving, read_unet)
+    else:
+        posterior = guessed_posterior(moving.items())
+    unet.load_state_dict(posterior.mean, strict=False)  # theta* = mu*
+    for k, p in unet.named_parameters():
+        p.requires_grad_(k in moving)  # the others stay as they are
+    return posterior
+
+
+def choose_objective(model, posterior, images, args):
+    """(the loss, Likeness) of images (N, 3, H, W) in [-1, 1]."""
+    frozen = frozen_network(model.unet, posterior)
+
+    # D_f as latents with its prompts ...
+    latents = []
+    for image in tqdm(images, desc="encoding", unit="image"):
+        x = image[None].to(model.diffusion.beta.device)
+        latents.append(model.autoencoder.to_latents(x))
+    forget = torch.cat(latents)  # (N, 4, h, w)
+    prompts = [template.format(args.concept) for template in TEMPLATES]
+    context = model.context(prompts)
+
+    # ... and what theta* draws for other prompts: as many images of each.
+    others = list(NEUTRAL_PROMPTS)
+    for name in args.keep:
+        others += [template.format(name) for template in TEMPLATES]
+    each = math.ceil(args.anchors / len(others))  # images of each prompt
+    kept = []
+    for i, prompt in enumerate(tqdm(others, desc="anchors", unit="prompt")):
+        kept.append(draw(model, prompt, each, args.seed + 1 + i, args))
+    kept = torch.cat(kept)
+    kept_context = model.context(others).repeat_interleave(each, 0)
+
+    # Taken to hold nothing of D_f. Together with D_f itself, its share is known.
+    empty = model.context([""])
+    both = torch.cat([forget, kept])
+    features = middle_features(frozen, model.diffusion, (empty,))
+    likeness = Likeness(features, forget, both, len(forget) / len(both))
+
+    arguments = (model.diffusion, posterior, forget, args.gamma, args.batch_size,
+                 args.t_range, context)
+    if args.paper:
+        return PaperObjective(*arguments, bound_weights=args.bound_weights), likeness
+    objective = PromptedObjective(*arguments, frozen=frozen, kept=kept, rho=args.share or 0.5,
+                                  kept_context=kept_context, empty=empty)
+    return objective, likeness
 
 
 # --------------------------------------------------------------------------------------
@@ -181,11 +255,14 @@ def guided(unet, context, negative, scale):
     eps(negative) + scale (eps(prompt) - eps(negative)).
     context, negative: (1, L, E).  scale 1: no guidance, at half the cost."""
     def eps_theta(x, t):
-        prompts = context.expand(len(x), -1, -1)
+        prompts = context.expand(len(x), -1, -1)  # (B, L, E)
         if scale == 1:
             return unet(x, t, prompts)
-        both = torch.cat([negative.expand(len(x), -1, -1), prompts])  # (2B, L, E)
-        eps = unet(torch.cat([x, x]), torch.cat([t, t]), both)
+        # both in one batch
+        negatives = negative.expand(len(x), -1, -1)
+        both = torch.cat([negatives, prompts])  # (2B, L, E)
+        xx = torch.cat([x, x])
+        eps = unet(xx, torch.cat([t, t]), both)
         eps_negative, eps_prompt = eps.chunk(2)  # 2 x (B, 4, h, w)
         return eps_negative + scale * (eps_prompt - eps_negative)
 
@@ -194,7 +271,7 @@ def guided(unet, context, negative, scale):
 
 def check_size(model, size):
     """Raise UserError unless images of `size` pixels have whole latents."""
-    factor = model.autoencoder.factor
+    factor = model.autoencoder.factor  # pixels per latent pixel
     if size < factor or size % factor:
         raise UserError(f"--size must be a multiple of {factor}, not {size}")
 
@@ -202,30 +279,36 @@ def check_size(model, size):
 def sample_latents(model, prompt, n, size, steps, guidance, seed=0, batch_size=4, progress=False):
     """n latents (n, 4, h, w) for one prompt, by DDIM, on the CPU. size: in pixels."""
     check_size(model, size)
-    side = size // model.autoencoder.factor
-    eps_theta = guided(model.unet, model.context([prompt]), model.context([""]), guidance)
-    return model.diffusion.sample(eps_theta, n, (model.autoencoder.z_channels, side, side), steps,
-                                  seed=seed, batch_size=batch_size, clip=False, progress=progress)
+    side = size // model.autoencoder.factor  # latent pixels
+    shape = (model.autoencoder.z_channels, side, side)
+    context = model.context([prompt])
+    eps_theta = guided(model.unet, context, model.context([""]), guidance)
+    return model.diffusion.sample(eps_theta, n, shape, steps, seed=seed, batch_size=batch_size,
+                                  clip=False, progress=progress)
 
 
 def run_sample(args):
     """sd_unlearn.py sample: a row per prompt, a block of columns per checkpoint, the
     same noise in each block."""
-    check_outputs([args.output], args.overwrite, (".png",))
-    device, blocks = pick_device(args.device), []
-    [read_tensors(file) for file in args.checkpoint]  # all are there before the first draws
+    check_output(args.output, args.overwrite, (".png",))
+    device = pick_device(args.device)
+    for checkpoint in args.checkpoint:  # all are there before the first draws
+        read_tensors(checkpoint)
+
+    columns = []
     for checkpoint in args.checkpoint:
-        model, rows = load(checkpoint, args.merges, device), []
+        model = load(checkpoint, args.merges, device)
+        rows = []
         for prompt in args.prompt:
             print(f"{checkpoint}: {prompt}")
             z = sample_latents(model, prompt, args.n, args.size, args.sampling_steps,
                                args.guidance, args.seed, args.batch_size, progress=True)
             rows.append(model.autoencoder.to_images(z.to(device)))  # (n, 3, H, W)
-        blocks.append(torch.stack(rows))
+        columns.append(torch.stack(rows))
         del model  # before the next is read: one copy of the weights at a time
-    grid = torch.cat(blocks, dim=1)  # (prompts, checkpoints * n, 3, H, W)
-    write_images(args.output, grid.flatten(0, 1), nrow=grid.shape[1],
-                 padding=0 if grid.shape[:2] == (1, 1) else 2)
+
+    grid = torch.cat(columns, dim=1)  # (prompts, checkpoints * n, 3, H, W)
+    write_images(args.output, grid.flatten(0, 1), args.overwrite, nrow=grid.shape[1])
     print(f"wrote {args.output}: a row per prompt, {args.n} images per checkpoint")
 
 
@@ -251,8 +334,11 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x):
-        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, h, w) -> (B, C', h, w)
+        h = self.conv2(F.silu(self.norm2(h)))
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)
+        return x + h
 
 
 class PixelAttention(nn.Module):
@@ -261,26 +347,35 @@ class PixelAttention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = normalization(channels, 1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1)
-                                                 for _ in range(4))
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, hw, C)
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[-2:]))
+        q = self.q(h).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, hw, C)
+        k = self.k(h).flatten(2).transpose(1, 2)
+        v = self.v(h).flatten(2).transpose(1, 2)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.transpose(1, 2).unflatten(2, x.shape[-2:])  # (B, C, h, w)
+        return x + self.proj_out(h)
 
 
 def middle(channels):
     """Two residual blocks with attention between them."""
-    return named(block_1=ResnetBlock(channels, channels), attn_1=PixelAttention(channels),
-                 block_2=ResnetBlock(channels, channels))
+    return named(
+        block_1=ResnetBlock(channels, channels),
+        attn_1=PixelAttention(channels),
+        block_2=ResnetBlock(channels, channels))
 
 
 def blocks(channels, out_channels, n):
     """n residual blocks, the first of which changes the width."""
-    return nn.Sequential(*(ResnetBlock(out_channels if i else channels, out_channels)
-                           for i in range(n)))
+    layers = [ResnetBlock(channels, out_channels)]
+    for _ in range(n - 1):
+        layers.append(ResnetBlock(out_channels, out_channels))
+    return nn.Sequential(*layers)
 
 
 class Encoder(nn.Module):
@@ -289,21 +384,28 @@ class Encoder(nn.Module):
 
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
+        # Level by level: residual blocks, then half the size, but for the last.
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        widths, levels = [ch * mult for mult in (1, *ch_mult)], []
-        for width, out in zip(widths, widths[1:]):
-            # Padded on the right and below only, as the published network was trained.
-            down = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(out, out, 3, stride=2))
-            last = len(levels) == len(ch_mult) - 1
-            levels.append(named(block=blocks(width, out, num_res_blocks),
-                                downsample=nn.Identity() if last else down))
-        self.down = nn.Sequential(*levels)  # (B, C, H, W) -> (B, C', H/2, W/2) at each but the last
+        levels = []
+        width = ch
+        for i, mult in enumerate(ch_mult):
+            out = ch * mult
+            downsample = nn.Identity()
+            if i < len(ch_mult) - 1:  # to H/2, W/2
+                # Padded on the right and below only, as the published network is.
+                downsample = named(
+                    pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                    conv=nn.Conv2d(out, out, 3, stride=2))
+            block = blocks(width, out, num_res_blocks)
+            levels.append(named(block=block, downsample=downsample))
+            width = out
+        self.down = nn.Sequential(*levels)
         self.mid = middle(out)
         self.norm_out = normalization(out, 1e-6)
         self.conv_out = nn.Conv2d(out, 2 * z_channels, 3, padding=1)
 
     def forward(self, x):
-        h = self.mid(self.down(self.conv_in(x)))
+        h = self.mid(self.down(self.conv_in(x)))  # (B, C, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2 z, h, w)
 
 
@@ -312,21 +414,27 @@ class Decoder(nn.Module):
 
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
-        widths, levels = [ch * mult for mult in (*ch_mult, ch_mult[-1])], []
+        # The same levels, from the smallest to the largest.
+        widths = [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1])
-        for out, width in zip(widths, widths[1:]):
-            up = named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(out, out, 3, padding=1))
-            levels.append(named(block=blocks(width, out, num_res_blocks + 1),
-                                upsample=up if levels else nn.Identity()))
+        levels = []
+        for out, width in zip(widths, [*widths[1:], widths[-1]]):
+            upsample = nn.Identity()
+            if levels:  # to 2h, 2w
+                upsample = named(
+                    up=nn.Upsample(scale_factor=2.0),
+                    conv=nn.Conv2d(out, out, 3, padding=1))
+            block = blocks(width, out, num_res_blocks + 1)
+            levels.append(named(block=block, upsample=upsample))
         self.up = nn.ModuleList(levels)  # numbered from the largest level, run from the smallest
         self.norm_out = normalization(ch, 1e-6)
         self.conv_out = nn.Conv2d(ch, 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.mid(self.conv_in(z))
+        h = self.mid(self.conv_in(z))  # (B, C, h, w)
         for level in reversed(self.up):
-            h = level(h)  # (B, C, h, w) -> (B, C', 2h, 2w) at each but the last
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
 
 
@@ -339,7 +447,7 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-        self.z_channels = z_channels
+        self.z_channels = z_channels  # of the latents
         self.factor = 2 ** (len(ch_mult) - 1)  # pixels per latent pixel
 
     def encode(self, x):
@@ -353,15 +461,19 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def to_latents(self, x):
         """Images -> a sample of the diffusion's latents, (B, 4, h, w)."""
-        mean, logvar = self.encode(x).chunk(2, dim=1)
-        std = (logvar.clamp(-30, 20) / 2).exp()
+        mean, logvar = self.encode(x).chunk(2, dim=1)  # 2 x (B, 4, h, w)
+        std = (logvar.clamp(-30, 20) / 2).exp()  # as the published code clamps it
         return LATENT_SCALE * (mean + std * torch.randn_like(mean))
 
     @torch.no_grad()
     def to_images(self, z):
         """The diffusion's latents (B, 4, h, w) -> uint8 (B, 3, H, W), on the CPU.
         One at a time, which bounds the memory."""
-        return torch.cat([to_uint8(self.decode(x[None] / LATENT_SCALE)).cpu() for x in z])
+        images = []
+        for latent in z.split(1):
+            x = self.decode(latent / LATENT_SCALE)  # (1, 3, H, W)
+            images.append(to_uint8(x).cpu())
+        return torch.cat(images)
 
 
 # --------------------------------------------------------------------------------------
@@ -374,12 +486,15 @@ class SelfAttention(nn.Module):
     def __init__(self, width, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width)
-                                                                for _ in range(4))
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x):
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (split_heads(layer(x), self.num_heads) for layer in layers)
+        q = split_heads(self.q_proj(x), self.num_heads)  # (B, heads, L, E/heads)
+        k = split_heads(self.k_proj(x), self.num_heads)
+        v = split_heads(self.v_proj(x), self.num_heads)
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, E/heads)
         return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, E)
 
@@ -390,14 +505,17 @@ class TextLayer(nn.Module):
     def __init__(self, width, num_heads, mlp_width):
         super().__init__()
         self.self_attn = SelfAttention(width, num_heads)
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width),
-                                  "fc2": nn.Linear(mlp_width, width)})
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({
+            "fc1": nn.Linear(width, mlp_width),
+            "fc2": nn.Linear(mlp_width, width)})
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
+        x = x + self.self_attn(self.layer_norm1(x))  # (B, L, E)
         h = self.mlp["fc1"](self.layer_norm2(x))
-        return x + self.mlp["fc2"](h * (1.702 * h).sigmoid())  # CLIP's "quick GELU"
+        h = h * (1.702 * h).sigmoid()  # CLIP's "quick GELU"
+        return x + self.mlp["fc2"](h)
 
 
 class TextEncoder(nn.Module):
@@ -405,16 +523,18 @@ class TextEncoder(nn.Module):
 
     def __init__(self, vocab_size, width, layers, num_heads, mlp_width, positions=77):
         super().__init__()
+        # Modules in modules, for the names that they have in the file.
         layers = [TextLayer(width, num_heads, mlp_width) for _ in range(layers)]
+        embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(vocab_size, width),
+            "position_embedding": nn.Embedding(positions, width)})
         self.text_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab_size, width),
-                                         "position_embedding": nn.Embedding(positions, width)}),
+            "embeddings": embeddings,
             "encoder": named(layers=nn.Sequential(*layers)),
-            "final_layer_norm": nn.LayerNorm(width),
-        })
+            "final_layer_norm": nn.LayerNorm(width)})
 
     def forward(self, ids):
-        embeddings = self.text_model["embeddings"]
+        embeddings = self.text_model["embeddings"]  # of tokens, and of their places
         x = embeddings["token_embedding"](ids)  # (B, L) -> (B, L, E)
         x = x + embeddings["position_embedding"].weight[: ids.shape[1]]
         return self.text_model["final_layer_norm"](self.text_model["encoder"](x))
@@ -429,52 +549,75 @@ class Tokenizer:
     MERGES = 49152 - 256 - 2  # that many of the file belong to the vocabulary
 
     def __init__(self, merges, length=77):
-        self.length, self.has_cut = length, False
+        self.length = length
+        self.has_cut = False
+        pairs = self.read(merges)
+
+        # Bytes that print stand for themselves, the others for characters 256, 257, ...
+        self.byte_symbol = {}
+        for first, last in ("!~", "¡¬", "®ÿ"):
+            for b in range(ord(first), ord(last) + 1):
+                self.byte_symbol[b] = chr(b)
+        others = [b for b in range(256) if b not in self.byte_symbol]
+        for i, b in enumerate(others):
+            self.byte_symbol[b] = chr(256 + i)
+
+        # Ids: the 256 bytes, the same ending a word, the merges, start, end.
+        symbols = list(self.byte_symbol.values())
+        symbols += [s + "</w>" for s in symbols]
+        symbols += ["".join(pair) for pair in pairs]
+        symbols += ["<|startoftext|>", "<|endoftext|>"]
+        self.id = {symbol: i for i, symbol in enumerate(symbols)}  # in that order
+        self.rank = {pair: i for i, pair in enumerate(pairs)}  # 0: the most frequent
+
+    def read(self, merges):
+        """The pairs in a file of merges."""
         try:
             opened = gzip.open if str(merges).endswith(".gz") else open
             with opened(merges, "rt", encoding="utf-8") as f:
                 lines = f.read().split("\n")
-            lines = lines[1:] if "#version" in lines[0] else lines
-            pairs = [(a, b) for a, b in (line.split() for line in lines[: self.MERGES] if line)]
-            if not pairs:
-                raise ValueError("it is empty")
+            if "#version" in lines[0]:
+                lines = lines[1:]
+            pairs = [tuple(line.split()) for line in lines[: self.MERGES] if line]
+            if not pairs or any(len(pair) != 2 for pair in pairs):
+                raise ValueError("not a pair per line")
+            return pairs
         except Exception as e:  # a damaged archive can fail in any way
             raise UserError(f"{merges} is not a file of merges ({first_line(e)}): take the "
                             "tokenizer/merges.txt of a Stable Diffusion v1 repository") from e
-        # Bytes that print stand for themselves, the others for characters 256, 257, ...
-        printable = [b for first, last in ("!~", "¡¬", "®ÿ")
-                     for b in range(ord(first), ord(last) + 1)]
-        others = [b for b in range(256) if b not in printable]
-        self.byte_symbol = {b: chr(b) for b in printable} | {
-            b: chr(256 + i) for i, b in enumerate(others)}
-        # Ids: the 256 bytes, the same ending a word, the merges, start, end.
-        symbols = list(self.byte_symbol.values())
-        symbols += [s + "</w>" for s in symbols] + ["".join(pair) for pair in pairs]
-        symbols += ["<|startoftext|>", "<|endoftext|>"]
-        self.id = {symbol: i for i, symbol in enumerate(symbols)}
-        self.rank = {pair: i for i, pair in enumerate(pairs)}
 
     def __call__(self, texts):
         """A list of texts -> (N, 77) int64, cut or padded with the end token."""
-        start, end = self.id["<|startoftext|>"], self.id["<|endoftext|>"]
+        start = self.id["<|startoftext|>"]
+        end = self.id["<|endoftext|>"]
         rows = []
         for text in texts:
-            ids = [i for word in self.words(text) for i in self.word_ids(word)]
-            if len(ids) > self.length - 2 and not self.has_cut:
+            ids = []
+            for word in self.words(text):
+                ids += self.word_ids(word)
+            cut = len(ids) - (self.length - 2)  # how many do not fit
+            if cut > 0 and not self.has_cut:
                 self.has_cut = True  # said once
                 print(f"the model reads {self.length - 2} tokens of a prompt, and of this one not "
-                      f"the last {len(ids) - self.length + 2}: {text[:60]}...")
-            ids = [start, *ids[: self.length - 2]]
-            rows.append(ids + [end] * (self.length - len(ids)))
+                      f"the last {cut}: {text[:60]}...")
+            row = [start, *ids[: self.length - 2]]
+            padding = [end] * (self.length - len(row))
+            rows.append(row + padding)
         return torch.tensor(rows)
 
     def words(self, text):
         """Runs of letters, single digits, runs of anything else, contractions."""
-        text = " ".join(html.unescape(unicodedata.normalize("NFC", text)).split()).lower()
+        text = unicodedata.normalize("NFC", text)
+        text = " ".join(html.unescape(text).split())
+        text = text.lower()
         # re has no \p{L} and \p{N} for Unicode's letters and digits: spell them out
-        of_kind = lambda kind: re.escape("".join({c for c in text
-                                                  if unicodedata.category(c)[0] == kind}))
-        letters, digits = "a-z" + of_kind("L"), "0-9" + of_kind("N")
+        letters = "a-z"  # what stands between [ and ]
+        digits = "0-9"
+        for c in set(text):
+            if unicodedata.category(c)[0] == "L":
+                letters += re.escape(c)
+            elif unicodedata.category(c)[0] == "N":
+                digits += re.escape(c)
         return re.findall(rf"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
                           rf"[{letters}]+|[{digits}]|[^\s{letters}{digits}]+", text)
 
@@ -483,18 +626,20 @@ class Tokenizer:
         and again, until no pair is left that is in the merges."""
         if word in ("<|startoftext|>", "<|endoftext|>"):
             return [self.id[word]]
+        # Every byte a symbol, the last one marked.
         symbols = [self.byte_symbol[b] for b in word.encode("utf-8")]
         symbols[-1] += "</w>"
-        while len(symbols) > 1:
-            pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, float("inf")))
-            if pair not in self.rank:
-                break
+        while True:
+            pairs = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
+            if not pairs:
+                return [self.id[symbol] for symbol in symbols]
+            # Join this pair wherever it stands.
+            pair = min(pairs, key=self.rank.get)
             i = 0
             while i < len(symbols) - 1:
                 if (symbols[i], symbols[i + 1]) == pair:
                     symbols[i : i + 2] = ["".join(pair)]
                 i += 1
-        return [self.id[symbol] for symbol in symbols]
 
 
 # --------------------------------------------------------------------------------------
@@ -504,15 +649,17 @@ KINDS = {"unet": UNet, "autoencoder": Autoencoder, "text_encoder": TextEncoder}
 
 
 def read_tensors(path):
-    """(the tensors of a published checkpoint, left on disk; the other entries)."""
-    raw = read_file(path, lazy=True, make_one="download one, e.g. sd-v1-4.ckpt "
+    """(tensors of a published checkpoint, left on disk; the file's plain values, None
+    where it has none)."""
+    raw = read_file(path, lazy=True, hint="download one, e.g. sd-v1-4.ckpt "
                     "(huggingface.co/CompVis/stable-diffusion-v-1-4-original)")
-    wrapped = isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict)
-    others = {k: v for k, v in raw.items() if isinstance(v, (int, float, str))} if wrapped else None
+    others = None
+    if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict):
+        others = {k: v for k, v in raw.items() if isinstance(v, (int, float, str))}
     return state_dict_of(raw), others
 
 
-def below(tensors, name):
+def tensors_of(tensors, name):
     """The tensors of one of the three networks, by the names they have inside it."""
     prefix = PREFIX[name]
     return {k.removeprefix(prefix): v for k, v in tensors.items()
@@ -523,41 +670,53 @@ def load(checkpoint, merges, device="cpu"):
     """A Stable Diffusion v1 checkpoint and CLIP's merges as a StableDiffusion.
     Holds one copy of the weights, as float32. Raises UserError for a file that is
     missing, damaged, not weights, or of another architecture, and for other merges."""
-    tensors, tokenizer, networks = read_tensors(checkpoint)[0], Tokenizer(merges), {}
-    for name, kind in KINDS.items():
-        with torch.device("meta"):  # sizes without memory: the weights come from the file
-            network = kind(**SIZES[name])
-        ours, theirs = network.state_dict(), below(tensors, name)
-        wrong = [PREFIX[name] + k for k, v in ours.items()
-                 if k not in theirs or theirs[k].shape != v.shape]
-        if wrong:
-            raise UserError(f"{checkpoint} is not a Stable Diffusion v1 checkpoint: {len(wrong)} "
-                            f"tensors are missing or of another shape ({', '.join(wrong[:3])})")
-        extra = [PREFIX[name] + k for k in theirs if k not in ours]
-        if extra:
-            print(f"not reading {len(extra)} tensors that v1 does not have: {', '.join(extra[:3])}")
-        # float32 stays on disk until it is used; what is narrower is widened in memory
-        weights = {k: theirs[k].float() for k in ours}
-        check_finite(checkpoint, {PREFIX[name] + k: v for k, v in weights.items()})
-        network.load_state_dict(weights, assign=True)
-        networks[name] = network.eval().requires_grad_(False).to(device)
+    # The tokenizer, then the networks, one by one.
+    tensors, _ = read_tensors(checkpoint)
+    tokenizer = Tokenizer(merges)
     tokens = SIZES["text_encoder"]["vocab_size"]
     if len(tokenizer.id) != tokens:
         raise UserError(f"{merges} is of another model: {len(tokenizer.id)} tokens, not {tokens}")
-    return StableDiffusion(**networks, tokenizer=tokenizer,
-                           diffusion=Diffusion("scaled_linear", 1000).to(device))
+    networks = {}
+    for name, kind in KINDS.items():
+        with torch.device("meta"):  # sizes without memory: the weights come from the file
+            network = kind(**SIZES[name])
+        fill(network, tensors_of(tensors, name), checkpoint, PREFIX[name])
+        networks[name] = network.eval().requires_grad_(False).to(device)
+    diffusion = Diffusion("scaled_linear", 1000).to(device)  # it is in no file
+    return StableDiffusion(**networks, tokenizer=tokenizer, diffusion=diffusion)
 
 
-def save(path, checkpoint, weights, record):
+def fill(network, theirs, checkpoint, prefix):
+    """Give a network on the meta device its weights: {name: tensor}. Raises UserError
+    unless there is one of the right shape for each."""
+    ours = network.state_dict()  # shapes alone
+    wrong = [prefix + k for k, v in ours.items()
+             if k not in theirs or theirs[k].shape != v.shape]
+    if wrong:
+        raise UserError(f"{checkpoint} is not a Stable Diffusion v1 checkpoint: {len(wrong)} "
+                        f"tensors are missing or of another shape ({', '.join(wrong[:3])})")
+    extra = [prefix + k for k in theirs if k not in ours]
+    if extra:
+        print(f"not reading {len(extra)} tensors that v1 does not have: {', '.join(extra[:3])}")
+    # float32 stays on disk until it is used; what is narrower is widened in memory
+    weights = {k: theirs[k].float() for k in ours}
+    check_finite(f"{checkpoint} ({prefix[:-1]})", weights)
+    network.load_state_dict(weights, assign=True)
+
+
+def save(path, checkpoint, weights, record, overwrite=False):
     """Write `checkpoint` again as `path`, with the U-Net's `weights` as float32: in
     half precision a small move of a weight would be rounded away."""
     tensors, others = read_tensors(checkpoint)
-    # without the moving averages and the optimizer's state, copies of what was to go
+    # without the moving averages of training, a copy that remembers
     state = {k: v for k, v in tensors.items() if not k.startswith("model_ema.")}
     for k, v in weights.items():
-        state[PREFIX["unet"] + k] = v.detach().cpu().float()
-    wrapped = {**(others or {}), "state_dict": state, "vdu": record}
-    save_checkpoint(path, state if others is None else wrapped)
+        name = PREFIX["unet"] + k
+        state[name] = v.detach().cpu().float()
+    contents = state  # a file of tensors alone, as .safetensors are, has no place for a record
+    if others is not None:
+        contents = {**others, "state_dict": state, "vdu": record}
+    save_checkpoint(path, contents, overwrite)
 
 
 # --------------------------------------------------------------------------------------
@@ -567,20 +726,23 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
+    # Two commands, with some flags in common.
     sample = commands.add_parser("sample", help="draw images for one or several prompts")
+    sample.add_argument("--checkpoint", required=True, nargs="+", help="a block of columns each")
     gone = commands.add_parser("unlearn", help="make the model forget a feature")
-    for c, command in ((sample, run_sample), (gone, run_unlearn)):
-        c.set_defaults(run=command)
-        c.add_argument("--checkpoint", required=True, nargs="+" if c is sample else None)
+    gone.add_argument("--checkpoint", required=True, help="a Stable Diffusion v1 file")
+    for c in (sample, gone):
         c.add_argument("--merges", required=True, help="CLIP's merges.txt, or its .txt.gz")
         c.add_argument("--size", type=number(int, 1), default=512, help="pixels (default: 512)")
         add_shared_flags(c)
+    # sample's own
     sample.add_argument("--prompt", required=True, nargs="+", help="a row of images each")
     sample.add_argument("--output", default="sample.png", help="a grid (default: sample.png)")
     sample.add_argument("--n", type=number(int, 1), default=4, help="images a prompt (default: 4)")
     sample.add_argument("--batch-size", type=number(int, 1), default=4, help="at once (default: 4)")
     sample.add_argument("--sampling-steps", type=number(int, 1), default=50, help="default: 50")
     sample.add_argument("--guidance", type=number(float, 0), default=7.5, help="default: 7.5")
+    # unlearn's own; those of the losses are vdu.py's
     gone.add_argument("--concept", required=True, help='as prompts name it: "golf ball"')
     gone.add_argument("--images", required=True, help="a folder of images of it")
     gone.add_argument("--output", required=True, help="the unlearned checkpoint")
@@ -595,7 +757,10 @@ def parser():
 
 def main():
     args = parser().parse_args()
-    args.run(args)
+    if args.command == "sample":
+        run_sample(args)
+    else:
+        run_unlearn(args)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,17 @@
 Holds    the derivation, the losses, the objective, the loop; below a rule what goes
          beyond the paper; last the command line. The posterior is in train_ddpm.py.
 Reads    a checkpoint of train_ddpm.py (or, where there is none, the model of MNIST that
-         ships with the code), or DDPM weights of others; images of what will be
+         ships with the code), or diffusers' DDPM weights; images of what will be
          forgotten, of a class or in a folder. No retained image is used.
-Writes   a checkpoint, checkpoints/mnist-forget-1.pt, that remembers what it forgot, and
-         a picture beside it: samples of the same noise before and after.
+Writes   a checkpoint, checkpoints/mnist-forget-1.pt, that records what was forgotten,
+         and a picture beside it: samples of the same noise before and after.
 Paper    VDU (arXiv 2510.04058), its method: the two terms, posterior, objective.
 """
 
 import argparse
 import math
 import os
+import re
 import shlex
 import time
 from pathlib import Path
@@ -23,14 +24,14 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 from torch.nn.functional import adaptive_avg_pool2d, logsigmoid
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from ddpm import (UserError, add_shared_flags, autocast, check_outputs, digest, load_checkpoint,
-                  number, pick_device, run_command_line, save_checkpoint, stratified_timesteps,
-                  write_atomically)
+from ddpm import (WEIGHTS, UserError, add_shared_flags, autocast, check_output, digest,
+                  load_checkpoint, number, pick_device, run_command_line, save_checkpoint,
+                  stratified_timesteps)
 from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indices, load_data_of,
-                        load_images, to_float)
+                        load_images, to_float, to_uint8, write_images)
 
 # --------------------------------------------------------------------------------------
 # The loss, from the KL divergence to the formula
@@ -59,42 +60,47 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 #         -log p(x_0 | theta) <= sum_t C_t E || eps - eps_theta(x_t, t) ||^2 + const.
 #     The sum is the plasticity inducer A; -A stands for log p(D_f | theta). (C_t = 1
 #     is DDPM's training loss and the default; --bound-weights takes the bound's.)
-#     This is the method's one leap: A with C_t, plus constants, is an UPPER bound on
+#     This is the method's leap: A with C_t, plus constants, is an UPPER bound on
 #     -log p(D_f | theta), and to raise an upper bound guarantees nothing about what it
-#     bounds. (With C_t = 1 it is no bound at all.) So evaluate.py
-#     measures the likelihood, too. A has a floor, 0, and no ceiling: without B nothing
-#     holds L; with B a local minimum near mu* is sought.
+#     bounds. So evaluate.py measures the likelihood, too. A has no ceiling, and L no
+#     floor: B, a quadratic, holds it near mu* alone, where a local minimum is sought.
 #
 # (5) Their sum, with a factor to balance them:
 #         L(theta) = -(1 - gamma) A + gamma B.
-#     (A sums over D_f and t. The code takes the mean over images and over t in t_range,
-#     1/(N_f T) of that sum where t_range is all of 0 .. 1.)
+#     (A sums over the N_f images of D_f and the T steps. The code takes the mean over
+#     images and over t in t_range: 1/(N_f T) of that sum where t_range is 0 .. 1.)
 #
 # The unit in which gamma is measured: A per dimension of an image, B per parameter.
 # With d dimensions and P parameters B is brought to A's size by d/P, so that one gamma
 # means about the same for any image size and network. It is the paper's loss with
-# another name for the same balance (N_f T: from a mean over D_f and t to the sum, with
-# t_range 0 .. 1):
+# another name for the same balance. With t_range 0 .. 1, the paper's own is
 #         gamma_paper / (1 - gamma_paper) = N_f T (d/P) gamma / (1 - gamma).
+# The gradient of that B in z = (theta - mu*) / sigma* is (d/P) z, a tiny number where a
+# network has many parameters. `unlearn` divides the gradient of L by `unit`, d/P, so
+# that one lr serves any network.
 #
 # What the minimum looks like: near mu*, A ~ A(mu*) + (theta - mu*) . grad A, and L is
 # least at theta_i - mu*_i = (1 - gamma)/gamma (P/d) sigma*_i^2 dA/dtheta_i: there each
 # parameter has moved in proportion to its variance sigma*_i^2, and loosely determined
-# ones do the forgetting. (SGD in z, with --paper, takes this way from its first step;
-# Adam in z does not, see `unlearn`.)
+# ones do the forgetting. (SGD in z takes this way from its first step; Adam in z does
+# not, see `unlearn`.)
 
 def plasticity_loss(unet, diffusion, x0, t, eps, C_t=1.0):
     """A of each image: C_t || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1-abar_t) eps, t)
     ||^2.  x0, eps: (n, C, H, W), images of D_f and unit noise.  t, C_t: (n,).  Returns
     (n,), the sum over the d dimensions (VDU, plasticity inducer)."""
-    return C_t * diffusion.simple_loss(unet, x0, t, eps) * x0[0].numel()
+    d = x0[0].numel()
+    return C_t * d * diffusion.simple_loss(unet, x0, t, eps)  # simple_loss is a mean over d
 
 
 def stability_loss(theta, posterior):
     """B = sum_i (theta_i - mu*_i)^2 / (2 sigma*_i^2): the KL of (3), less constants.
     theta: {name: parameter}.  Returns a scalar (VDU, stability regularizer)."""
-    return sum(((p - posterior.mean[k]) / posterior.std[k]).square().sum()
-               for k, p in theta.items()) / 2
+    B = 0.0
+    for k, p in theta.items():
+        z = (p - posterior.mean[k]) / posterior.std[k]
+        B = B + z.square().sum() / 2
+    return B
 
 
 def vdu_loss(A, B, gamma):
@@ -104,49 +110,72 @@ def vdu_loss(A, B, gamma):
     return -(1 - gamma) * A + gamma * B
 
 
+def random_indices(n, x):
+    """n indices into x, at random, on x's device."""
+    return torch.randint(len(x), (n,)).to(x.device)
+
+
 class PaperObjective:
     """L on a random batch of D_f. Called with the network, it returns (L, {"A", "B"}).
 
     diffusion: Diffusion.  posterior: GaussianPosterior of the parameters that move.
-    forget: (N, C, H, W) in [-1, 1] (or latents), images of D_f.  gamma: 0 .. 1.
-    batch_size: images per call.  t_range: shares of T between which t is drawn.
-    bound_weights: C_t of the bound in place of 1.  context: (M, L, E) encoded prompts,
-    one drawn for each image, where the network takes any.  The attribute `unit`, d/P,
-    is what `unlearn` measures L in.  A is shown per dimension and without C_t, B per
-    parameter.  Raises UserError for an empty t_range."""
+    images: (N, C, H, W) in [-1, 1] (or latents), of D_f.  gamma: 0 .. 1.  batch_size:
+    images per call.  t_range: shares of T between which t is drawn.  context: (M, L,
+    E) encoded prompts, one drawn for each image, where the network takes any.
+    bound_weights: C_t of the bound in place of 1.  A is shown per dimension and without
+    C_t, B per parameter.  Raises UserError for an empty t_range."""
 
-    def __init__(self, diffusion, posterior, forget, gamma, batch_size=64, t_range=(0, 1),
+    def __init__(self, diffusion, posterior, images, gamma, batch_size=64, t_range=(0, 1),
                  context=None, bound_weights=False):
-        self.diffusion, self.posterior, self.forget = diffusion, posterior, forget
-        self.gamma, self.batch_size, self.context = gamma, batch_size, context
-        self.low, self.high = (round(share * diffusion.T) for share in t_range)
+        self.diffusion = diffusion
+        self.posterior = posterior
+        self.images = images
+        self.gamma = gamma
+        self.batch_size = batch_size
+        self.context = context
+        self.bound_weights = bound_weights
+        low, high = t_range
+        self.low = round(low * diffusion.T)
+        self.high = round(high * diffusion.T)
         if self.low >= self.high:
-            raise UserError("--t-range needs two shares of T, 0 <= LOW < HIGH <= 1")
-        self.d, self.P = forget[0].numel(), sum(m.numel() for m in posterior.mean.values())
-        self.unit, C_t = self.d / self.P, diffusion.bound_weight(torch.arange(diffusion.T))
-        self.C_t = C_t if bound_weights else torch.ones_like(C_t)
+            raise UserError("t_range needs two shares of T, 0 <= LOW < HIGH <= 1")
+        self.d = images[0].numel()
+        self.P = sum(mean.numel() for mean in posterior.mean.values())
+        self.unit = self.d / self.P  # brings B to A's size
 
     def draw(self):
         """x_0 (n, C, H, W) of D_f, t (n,), eps like x_0, and prompts, () for none."""
-        device, n, prompts = self.forget.device, self.batch_size, ()
-        x0 = self.forget[torch.randint(len(self.forget), (n,)).to(device)]
+        n = self.batch_size
+        device = self.images.device
+        x0 = self.images[random_indices(n, self.images)]
+        prompts = ()
         if self.context is not None:
-            prompts = (self.context[torch.randint(len(self.context), (n,)).to(device)],)
+            prompts = (self.context[random_indices(n, self.context)],)
         t = stratified_timesteps(n, self.low, self.high, device)
         return x0, t, torch.randn_like(x0), prompts
 
     def __call__(self, unet):
         x0, t, eps, prompts = self.draw()
-        eps_theta = lambda xt, t: unet(xt, t, *prompts)
-        A = plasticity_loss(eps_theta, self.diffusion, x0, t, eps, self.C_t[t])  # (n,)
+
+        def eps_theta(xt, t):
+            return unet(xt, t, *prompts)
+
+        errors = plasticity_loss(eps_theta, self.diffusion, x0, t, eps)  # (n,)
+        C_t = self.diffusion.bound_weight(t) if self.bound_weights else 1.0
+        A = (C_t * errors).mean()
         B = self.stability(unet)
-        L = vdu_loss(A.mean(), self.unit * B, self.gamma)
-        return L, {"A": (A / self.C_t[t]).mean().item() / self.d, "B": B.item() / self.P}
+        L = vdu_loss(A, self.unit * B, self.gamma)
+        shown = {"A": errors.mean() / self.d, "B": B / self.P}
+        return L, {name: value.item() for name, value in shown.items()}
 
     def stability(self, unet):
         """B of those parameters that move."""
-        theta = {k: p for k, p in unet.named_parameters() if p.requires_grad}
-        return stability_loss(theta, self.posterior)
+        return stability_loss(moving_parameters(unet), self.posterior)
+
+
+def moving_parameters(net):
+    """{name: parameter} of those that require a gradient."""
+    return {k: p for k, p in net.named_parameters() if p.requires_grad}
 
 
 def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed=0,
@@ -162,74 +191,87 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
     Raises UserError if the posterior is of another network, or if loss or weights
     become infinite or nan; net is at mu* then."""
     # The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
-    # posterior is N(0, I) and B = |z|^2 / 2. A step of SGD in z moves theta_i by -lr
-    # sigma*_i^2 dL/dtheta_i: what training pinned down hardly moves. (Adam makes all
-    # steps of z alike, so that there each theta_i moves by its own sigma*_i.)
-    theta = {k: p for k, p in net.named_parameters() if p.requires_grad}
+    # posterior is N(0, I) and B = |z|^2 / 2. A step of SGD in z moves theta_i by
+    # -(lr/unit) sigma*_i^2 dL/dtheta_i: what training pinned down hardly moves. (Adam
+    # makes all steps of z alike, so that each theta_i moves by its own sigma*_i.)
+    theta = moving_parameters(net)
     check_parameters("the posterior", posterior.mean, theta)
     z = {k: torch.zeros_like(p) for k, p in theta.items()}
-    posterior.unwhiten(z, theta)
+    posterior.set_weights(z, theta)
+    optimizer = torch.optim.SGD(z.values(), lr, momentum=0.9)
     if adam:
         optimizer = torch.optim.Adam(z.values(), lr, betas=(0.9, 0.99))
-    else:
-        optimizer = torch.optim.SGD(z.values(), lr, momentum=0.9)
-    unit = getattr(objective, "unit", 1.0)  # d/P: B's own pull in z is then gamma z
+    unit = getattr(objective, "unit", 1.0)
 
-    def measure():
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            return objective(net)[1]
-
-    before = measure()
-    broken = None
+    before = numbers_on_one_batch(objective, net, seed)
     with tqdm(range(steps), desc="unlearning", unit="step", disable=not progress) as bar:
         for step in bar:
             if adam:  # whose steps do not shrink by themselves
-                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
+                decay = (1 - step / steps) ** 2
+                optimizer.param_groups[0]["lr"] = lr * decay
+
+            # dL/dtheta, a mean over batches
             for _ in range(accumulate):
                 loss, numbers = objective(net)
-                if not math.isfinite(loss.item()):
-                    broken = f"the loss became {loss.item()} at step {step + 1}"
-                    break
                 (loss / accumulate).backward()
-            if broken:
-                break
-            for k, p in theta.items():  # dL/dz = sigma* dL/dtheta, by the chain rule
+
+            # dL/dz = sigma* dL/dtheta, by the chain rule
+            for k, p in theta.items():
                 if p.grad is not None:
                     z[k].grad = p.grad.mul_(posterior.std[k]).div_(unit)
                 p.grad = None
             optimizer.step()
-            posterior.unwhiten(z, theta)
-            bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+            posterior.set_weights(z, theta)
 
-    squares = sum(v.square().sum().item() for v in z.values())
-    moved = math.sqrt(squares / sum(v.numel() for v in z.values()))
-    if broken or not math.isfinite(moved):
-        posterior.unwhiten({k: torch.zeros_like(p) for k, p in theta.items()}, theta)
-        raise UserError(f"{broken or 'the weights became infinite in the last step'}; nothing was "
-                        f"written: try a larger --gamma or a smaller --lr than {lr:g}")
-    return {"steps": steps, "before": before, "after": measure(), "moved_rms_sigma": moved}
+            bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+            if not math.isfinite(loss.item()):
+                break
+
+    moved = root_mean_square(z.values())
+    if not math.isfinite(loss.item() + moved):
+        net.load_state_dict(posterior.mean, strict=False)
+        raise UserError(f"loss or weights became infinite at step {step + 1}; nothing was written: "
+                        f"try a larger gamma or a smaller lr than {lr:g}")
+    after = numbers_on_one_batch(objective, net, seed)
+    return {"steps": steps, "before": before, "after": after, "moved_rms_sigma": moved}
+
+
+def root_mean_square(tensors):
+    """Of all numbers in the tensors."""
+    flat = torch.cat([v.flatten() for v in tensors])
+    return flat.square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def numbers_on_one_batch(objective, net, seed):
+    """What an objective shows; of the same images, t and noise at every call."""
+    torch.manual_seed(seed)
+    loss, numbers = objective(net)
+    return numbers
 
 
 # The paper's method ends here: what goes beyond it, then the command line, follow.
 # ======================================================================================
 # BEYOND THE PAPER, ours: a posterior where one checkpoint is all there is.
 
-def guessed_posterior(named_parameters, share=0.02):
-    """mu* = the weights, sigma* = `share` of each tensor's root mean square.
+def guessed_posterior(named_parameters, fraction=0.02):
+    """mu* = the weights, sigma* = a fraction of each tensor's root mean square.
 
     A DEPARTURE from the paper, whose sigma* is measured. This one knows only the scale
     of each tensor, not which of its parameters training pinned down. (Measured on
-    MNIST, the share is 0.015 for the median tensor, 0.006 to 0.07 for all that are
+    MNIST, the fraction is 0.015 for the median tensor, 0.006 to 0.07 for all that are
     matrices.) `n` is 1; std holds one number per tensor."""
-    mean = {k: p.detach().clone() for k, p in named_parameters}
-    std = {k: share * m.float().square().mean().sqrt() for k, m in mean.items()}
+    mean = {}
+    std = {}
+    for k, p in named_parameters:
+        mean[k] = p.detach().clone()
+        std[k] = fraction * mean[k].float().square().mean().sqrt()
     return GaussianPosterior(mean, std, 1)
 
 
 # --------------------------------------------------------------------------------------
 # BEYOND THE PAPER, ours, and the default: stability in function space, F, beside B; and
-# A with a floor. (The paper names function space as future work.)
+# a floor under -A. (The paper names function space as future work.)
 #
 # (a) theta* = mu* is the model as it was. Put the mean DDPM loss over D in place of
 #     -log p(D | theta) / N, and A, as a mean over D_f, in that of -log p(D_f | theta) /
@@ -248,24 +290,25 @@ def guessed_posterior(named_parameters, share=0.02):
 #     so that
 #         F - rho A = (1-rho) F_r - 2 rho E_D_f [ delta . (eps_theta* - eps) ] + const:
 #     D_f pushes, at a constant force, and what stays pulls back. Samples of theta* that
-#     are not of D_f stand for D_r. Where D_r has next to nothing, the push should die
-#     out, too; but eps_theta* is not exact, and what is left of the push meets no pull
-#     and has no end. || delta ||^2 / K, added on D_f, is the floor under -A:
+#     are not of D_f stand for D_r. Where D_r is rare, the pull is weak. An exact
+#     eps_theta* would there be E[eps | x_t, D_f], and the push vanish; an inexact one
+#     leaves a push without end. || delta ||^2 / K, added on D_f, is the floor under -A:
 #         (1/K) || delta - K (eps_theta* - eps) ||^2
 #             = || delta ||^2 / K - 2 delta . (eps_theta* - eps) + const.
 #     So two regressions do it: what stays is held at eps_theta*, with the weight 1-rho;
-#     D_f is drawn towards eps_target = eps_theta* + K (eps_theta* - eps), with rho/K.
+#     D_f is pulled towards eps_target = eps_theta* + K (eps_theta* - eps), with rho/K.
 #     A weight for each t, the same in both, moves no minimum of a function that is free
 #     at each t; for a network it says which t matter. It is 1/abar_t: errors count as
 #     those of the velocity (see UNet). At high noise, where it is decided what an image
-#     will show, eps itself hardly tells.
+#     will show, errors of eps itself are tiny.
 #
 #     The minimum at one x_t, where a share w(x_t) of the data is of D_f and eps_f is
 #     E[eps | x_t, D_f]:
 #         eps_theta* + w / (1 - w + w/K) (eps_theta* - eps_f).
 #     For K = infinity that is E[eps | x_t, D_r], what a network retrained without D_f
-#     predicts, since eps_theta* = w eps_f + (1-w) E[eps | x_t, D_r]. For a finite one
-#     it stays near eps_theta* where x_t is plainly of D_f (1-w below 1/K).
+#     predicts, since eps_theta* = w eps_f + (1-w) E[eps | x_t, D_r]. For a finite K the
+#     step is small where x_t is plainly of D_f (1-w below 1/K), since eps_theta* -
+#     eps_f is (1-w) (E[eps | x_t, D_r] - eps_f).
 #
 # (c) Which samples of theta* are of D_f, theta* can say: w(x_0) below, of clean images.
 #     No label and no retained image is needed. A share 1-rho of them should stay; w is
@@ -274,7 +317,7 @@ def guessed_posterior(named_parameters, share=0.02):
 #     1 - w. But what is held at eps_theta* by mistake holds D_f, too, and what is left
 #     out by mistake is held by its neighbours.)
 
-LEVELS = (0.2, 0.3)  # levels of noise, as shares of T, at which the features are taken
+LEVELS = (0.2, 0.3)  # shares of T: so much noise hides detail, not yet what an image shows
 
 
 class Likeness:
@@ -282,28 +325,33 @@ class Likeness:
     theta*, from images of D_f and theta*'s own samples, of which a share rho is like
     them (learning from positive and unlabelled data, Elkan & Noto 2008).
 
-    features: images (n, C, H, W) -> (n, d).  forget: (N, C, H, W).  own: (M, C, H, W).
-    Called with images it returns w, (n,), on the CPU.  `of_own`: w of `own`, (M,)."""
+    features: images (n, C, H, W) -> (n, d).  images: (N, C, H, W), of D_f.  own: (M, C,
+    H, W).  Called with images it returns w, (n,), on the CPU.  `of_own`: w of `own`,
+    (M,)."""
 
-    def __init__(self, features, forget, own, rho, decay=1e-3):
+    def __init__(self, features, images, own, rho, decay=1e-3):
         self.features = features
-        x_forget = features(forget)
-        x_own = features(own)
-        self.mean = x_own.mean(0)
-        self.std = x_own.std(0) + 1e-6
-        x = torch.cat([x_forget, x_own]).sub(self.mean).div(self.std)  # (N + M, d)
-        self.weight = torch.zeros(x.shape[1], requires_grad=True)
+        f_images = features(images)
+        f_own = features(own)
+        self.mean = f_own.mean(0)
+        self.std = f_own.std(0) + 1e-6
+        f_images = (f_images - self.mean) / self.std  # (N, d)
+        f_own = (f_own - self.mean) / self.std  # (M, d)
+        self.weight = torch.zeros(f_own.shape[1], requires_grad=True)
         self.bias = torch.tensor(math.log(rho / (1 - rho)), requires_grad=True)
 
         # p(x_0 | D_f) / p(x_0) is w / rho, by Bayes' rule. So of equal heaps of D_f and
-        # of own samples (the means below make them equal) an image is of D_f's with the
-        # odds w : rho.
+        # of own samples (the means below make them equal) an image is of D_f's heap
+        # with the odds w : rho.
+        def log_odds(f):
+            log_w = logsigmoid(f @ self.weight + self.bias)
+            return log_w - math.log(rho)
+
         def cross_entropy():
-            log_w = logsigmoid(x @ self.weight + self.bias)
-            log_sum = torch.logaddexp(log_w, torch.tensor(math.log(rho)))
-            of_forget = log_w[: len(x_forget)] - log_sum[: len(x_forget)]
-            of_own = math.log(rho) - log_sum[len(x_forget) :]
-            loss = decay * self.weight.square().sum() - of_forget.mean() - of_own.mean()
+            of_images = logsigmoid(log_odds(f_images)).mean()
+            of_own = logsigmoid(-log_odds(f_own)).mean()
+            penalty = decay * self.weight.square().sum()
+            loss = penalty - of_images - of_own
             optimizer.zero_grad()
             loss.backward()
             return loss
@@ -311,25 +359,24 @@ class Likeness:
         optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=200,
                                       line_search_fn="strong_wolfe")
         optimizer.step(cross_entropy)
+        self.weight = self.weight.detach()
 
         # The mean of w over own samples is rho, as far as theta* draws D_f as often as
-        # the data holds it. The bias is shifted until that is so.
-        with torch.no_grad():
-            scores = x[len(x_forget) :] @ self.weight
-            low, high = -scores.max() - 30, 30 - scores.min()
-            for _ in range(60):
-                middle = (low + high) / 2
-                if (scores + middle).sigmoid().mean() < rho:
-                    low = middle
-                else:
-                    high = middle
-            self.bias = middle
-            self.of_own = (scores + middle).sigmoid()
+        # the data holds it. The bias is shifted until that is so, by bisection.
+        scores = f_own @ self.weight
+        low = -scores.max() - 30
+        high = -scores.min() + 30
+        for _ in range(60):
+            self.bias = (low + high) / 2
+            if (scores + self.bias).sigmoid().mean() < rho:
+                low = self.bias
+            else:
+                high = self.bias
+        self.of_own = (scores + self.bias).sigmoid()
 
-    @torch.no_grad()
     def __call__(self, images):
-        x = (self.features(images) - self.mean) / self.std
-        return (x @ self.weight + self.bias).sigmoid()
+        f = (self.features(images) - self.mean) / self.std
+        return (f @ self.weight + self.bias).sigmoid()
 
 
 class FunctionSpaceObjective(PaperObjective):
@@ -345,42 +392,47 @@ class FunctionSpaceObjective(PaperObjective):
     K = 20.0  # how far past eps_theta* the push may lead, in multiples of eps_theta* - eps
     LEAST = 0.003  # abar_t counts as no less: near t = T it is 0
 
-    def __init__(self, *args, frozen, kept, rho, kept_context=None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, diffusion, *args, frozen, kept, rho, kept_context=None, **kwargs):
+        super().__init__(diffusion, *args, **kwargs)
         self.frozen = frozen
         self.kept = kept
         self.kept_context = kept_context
         self.rho = rho
         self.weight_of_forget = rho / self.K
 
-    def draw_kept(self, n):
-        """n of the kept images, and their prompts, () for none."""
-        index = torch.randint(len(self.kept), (n,)).to(self.kept.device)
-        if self.kept_context is None:
-            return self.kept[index], ()
-        return self.kept[index], (self.kept_context[index],)
+        # Half of the kept images' t, and more, are of t_range (see draw_kept). There
+        # they are `ratio` times as dense in t as those of D_f. The error of D_f is
+        # multiplied by it: so both count, at each t, as in (b).
+        near = self.batch_size // 2 / self.batch_size
+        self.ratio = near + (1 - near) * (self.high - self.low) / diffusion.T
 
-    def __call__(self, unet):
+    def draw_kept(self):
+        """Kept images, their t, noise and prompts: as `draw` for D_f."""
         n = self.batch_size
-        device = self.forget.device
-        x0, t, eps, prompts = self.draw()
-        kept, kept_prompts = self.draw_kept(n)
-
-        # Kept images are needed at all t, and most where D_f pushes: half of their t
-        # are of t_range. There they are `ratio` times as dense in t as those of D_f,
-        # whose error is multiplied by it: so both count, at each t, as in (b).
+        device = self.kept.device
+        index = random_indices(n, self.kept)
+        kept = self.kept[index]
+        prompts = ()
+        if self.kept_context is not None:
+            prompts = (self.kept_context[index],)
+        # They are needed at all t, and most where D_f pushes: half of the t are there.
         t_near = stratified_timesteps(n // 2, self.low, self.high, device)
         t_all = stratified_timesteps(n - n // 2, 0, self.diffusion.T, device)
-        near = n // 2 / n
-        ratio = near + (1 - near) * (self.high - self.low) / self.diffusion.T
+        t = torch.cat([t_near, t_all])
+        return kept, t, torch.randn_like(kept), prompts
 
+    def __call__(self, unet):
         # D_f, then what is kept, in one batch: (2n, C, H, W)
-        t = torch.cat([t, t_near, t_all])
+        n = self.batch_size
+        x0, t, eps, prompts = self.draw()
+        kept, t_kept, eps_kept, kept_prompts = self.draw_kept()
         x0 = torch.cat([x0, kept])
-        eps = torch.cat([eps, torch.randn_like(kept)])
-        prompts = tuple(torch.cat(both) for both in zip(prompts, kept_prompts))
+        t = torch.cat([t, t_kept])
+        eps = torch.cat([eps, eps_kept])
+        prompts = [torch.cat(both) for both in zip(prompts, kept_prompts)]
+
         xt = self.diffusion.q_sample(x0, t, eps)
-        with autocast(device):
+        with autocast(x0.device):
             with torch.no_grad():
                 eps_star = self.frozen(xt, t, *prompts).float()
                 eps_target = self.eps_target(xt[:n], t[:n], eps[:n], eps_star[:n])
@@ -389,24 +441,30 @@ class FunctionSpaceObjective(PaperObjective):
         # (b): D_f goes to eps_target, what is kept to eps_theta*.
         target = torch.cat([eps_target, eps_star[n:]])
         error = (eps_theta - target).square().flatten(1).sum(1)  # (2n,)
-        error = error / self.diffusion.alpha_bar[t].clamp(min=self.LEAST)  # of the velocity
-        fit = (ratio * self.weight_of_forget * error[:n].mean()
-               + (1 - self.rho) * error[n:].mean())
+        abar = self.diffusion.alpha_bar[t].clamp(min=self.LEAST)
+        error = error / abar  # of the velocity
+        push = self.ratio * self.weight_of_forget * error[:n].mean()
+        hold = (1 - self.rho) * error[n:].mean()
         B = self.stability(unet)
-        L = (1 - self.gamma) * fit + self.gamma * self.unit * B
+        L = (1 - self.gamma) * (push + hold) + self.gamma * self.unit * B
 
+        # What is shown is of eps, per dimension; B per parameter.
         A = (eps_theta - eps)[:n].square().mean()
         F = (eps_theta - eps_star)[n:].square().mean()
-        return L, {"A": A.item(), "F": F.item(), "B": B.item() / self.P}
+        shown = {"A": A, "F": F, "B": B / self.P}
+        return L, {name: value.item() for name, value in shown.items()}
 
     def eps_target(self, xt, t, eps, eps_star):
-        """eps_theta* + K (eps_theta* - eps): where images of D_f are drawn to."""
+        """eps_theta* + K (eps_theta* - eps): where images of D_f are pulled to."""
         return eps_star + self.K * (eps_star - eps)
 
 
 def frozen_network(unet, posterior):
     """eps_theta*: the network with mu* in place of what moves. For no_grad alone."""
-    return lambda *args, **kwargs: functional_call(unet, posterior.mean, args, kwargs)
+    def eps_star(*args, **kwargs):
+        return functional_call(unet, posterior.mean, args, kwargs)
+
+    return eps_star
 
 
 def middle_features(frozen, diffusion, prompts=()):
@@ -417,65 +475,23 @@ def middle_features(frozen, diffusion, prompts=()):
     def features(images):
         generator = torch.Generator().manual_seed(0)
         chunks = []
-        for x0 in images.split(max(1, min(250, 2**20 // images[0].numel()))):
+        size = min(250, 2**20 // images[0].numel())  # images at once: a million numbers
+        for x0 in images.split(max(1, size)):
+            expanded = [p.expand(len(x0), *p.shape[1:]) for p in prompts]
             levels = []
-            for share in LEVELS:
-                t = torch.full((len(x0),), int(share * diffusion.T), device=x0.device)
-                eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-                expanded = [p.expand(len(x0), *p.shape[1:]) for p in prompts]
+            for level in LEVELS:
+                step = int(level * diffusion.T)
+                t = torch.full((len(x0),), step, device=x0.device)
+                eps = torch.randn(x0.shape, generator=generator)
+                xt = diffusion.q_sample(x0, t, eps.to(x0.device))
                 with autocast(x0.device):
-                    h = frozen(diffusion.q_sample(x0, t, eps), t, *expanded, return_middle=True)
-                side = [min(2, n) for n in h.shape[2:]]
-                levels.append(adaptive_avg_pool2d(h.float(), side).flatten(1).cpu())
+                    h = frozen(xt, t, *expanded, return_middle=True)  # (n, C', h, w)
+                pooled = adaptive_avg_pool2d(h, 2)
+                levels.append(pooled.flatten(1).cpu())
             chunks.append(torch.cat(levels, dim=1))
         return torch.cat(chunks)
 
     return features
-
-
-# --------------------------------------------------------------------------------------
-# The command line. OURS was chosen on the 4 of MNIST shrunk to 14x14 pixels, by the
-# distance to a model retrained without it; PAPER on the 1.
-
-DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
-CHECK_SAMPLES = 300  # that the self-check draws: 1% of them is 3
-JUDGED = 1000        # images of D_f from which w is learned, at most
-OURS = dict(
-    gamma=3e-5,         # a little of B: the weights stay within the posterior
-    lr=1.0,             # Adam's, in sigma*; it falls to 0
-    steps=180,          # with all else it costs a fifth of train_ddpm.py's training
-    batch_size=64,      # of D_f, and as many of theta*'s samples
-    t_range=[0.3, 1.0],  # at high noise it is decided which class an image will be
-    anchors=1000,       # samples of theta*: they stand for the data that nobody has
-    adam=True, accumulate=1)
-PAPER = dict(
-    gamma=0.63,         # found on the digit 1: less takes its neighbours along
-    lr=0.0083,          # SGD's, in sigma*
-    steps=30,           # A has no ceiling: after 50 the digits are gone, and all else, too
-    batch_size=256,     # one gradient of less noise, since few steps are taken
-    t_range=[0.7, 1.0],  # the paper: 0, 1
-    anchors=300,        # for the self-check alone
-    adam=False, accumulate=1)
-
-
-def with_defaults(args, ours, paper):
-    """The flags, those that were left away (None) as the chosen loss has them; and the
-    loss, printed. Raises UserError for a flag in which the loss has no part."""
-    if args.bound_weights and not args.paper:
-        raise UserError("--bound-weights belongs to --paper")
-    settings = vars(args).copy()
-    for name, value in (paper if args.paper else ours).items():
-        if settings.get(name) is None:
-            settings[name] = value
-    if args.paper:
-        loss = "L = -(1-{gamma:g}) A + {gamma:g} (d/P) B"
-    else:
-        loss = ("L = (1-{gamma:g}) [rho/K |eps_theta-eps_target|^2 + "
-                "(1-rho) |eps_theta-eps_theta*|^2] / abar_t + {gamma:g} (d/P) B")
-    if args.bound_weights:
-        loss += ", A with the bound's C_t"
-    print(loss.format(**settings))
-    return argparse.Namespace(**settings)
 
 
 def count_evaluations(net):
@@ -491,76 +507,195 @@ def count_evaluations(net):
     return counter
 
 
+# --------------------------------------------------------------------------------------
+# Putting it together. OURS was chosen on the 4 of MNIST shrunk to 14x14 pixels, by the
+# distance to a model retrained without it; PAPER on the 1 of MNIST as it is.
+
+CHECK_SAMPLES = 300  # that the self-check draws: 1% of them is 3
+EXAMPLES = 1000      # images of D_f from which w is learned, at most
+OURS = dict(
+    gamma=3e-5,         # a little of B: it ends no further from retraining than none
+    lr=1.0,             # of Adam, in sigma*; it falls to 0
+    steps=180,          # with all else it costs a fifth of train_ddpm.py's training
+    batch_size=64,      # of D_f, and as many of theta*'s samples
+    t_range=[0.3, 1.0],  # at high noise it is decided which class an image will be
+    anchors=1000,       # samples of theta*: they stand for the data that nobody has
+    adam=True, accumulate=1)
+PAPER = dict(
+    gamma=0.63,         # found on the digit 1: less takes its neighbours along
+    lr=0.0083,          # of SGD in z
+    steps=30,           # A has no ceiling: after 50 the digits are gone, and all else, too
+    batch_size=256,     # one gradient of less noise, since few steps are taken
+    t_range=[0.7, 1.0],  # the paper: 0, 1
+    anchors=300,        # for the self-check alone
+    adam=False, accumulate=1)
+
+
+def forget(net, diffusion, posterior, images, rho, share=None, paper=False, bound_weights=False,
+           seed=0, progress=False, **settings):
+    """Make `net` forget `images`, in place: all that main does between two files.
+
+    net: called as net(x, t), and with return_middle=True for features.  diffusion,
+    posterior: its own.  images: (N, C, H, W) in [-1, 1], of D_f.  rho: D_f's share of
+    the training data.  share: that which weighs the push, rho unless given.  settings:
+    any of OURS, or with paper=True of PAPER.  Returns (record, before, after): what
+    `unlearn` returns, with the share of samples like D_f, and the network evaluations;
+    and samples of the same noise, (n, C, H, W)."""
+    settings = {**(PAPER if paper else OURS), **settings}
+    counter = count_evaluations(net)
+    net.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; it holds no buffers
+
+    # What theta* itself draws stands for the data, less what is of D_f.
+    def draw(n):
+        shape = tuple(images.shape[1:])
+        samples = diffusion.sample(net, n, shape, 25, 1.0, seed, progress=progress,
+                                   series="own samples")
+        return samples.to(images.device)
+
+    own = draw(settings["anchors"])
+    frozen = frozen_network(net, posterior)
+    features = middle_features(frozen, diffusion)
+    likeness = Likeness(features, images[:EXAMPLES], own, rho)
+    n_kept = math.ceil((1 - rho) ** 2 * len(own))
+    least_like = likeness.of_own.argsort()[:n_kept]
+    kept = own[least_like.to(own.device)]
+
+    # The loss, and the steps.
+    arguments = (diffusion, posterior, images, settings["gamma"], settings["batch_size"],
+                 settings["t_range"])
+    if paper:
+        objective = PaperObjective(*arguments, bound_weights=bound_weights)
+    else:
+        objective = FunctionSpaceObjective(*arguments, frozen=frozen, kept=kept,
+                                           rho=share or rho)
+    record = unlearn(net, posterior, objective, settings["lr"], settings["steps"],
+                     settings["adam"], settings["accumulate"], seed, progress)
+
+    # The same noise again, as the network itself judges it.
+    before = own[:CHECK_SAMPLES]
+    after = draw(len(before))
+    was_like = share_like(likeness.of_own[:CHECK_SAMPLES])
+    is_like = share_like(likeness(after))
+    record.update(like_D_f=[was_like, is_like], **counter)
+    return record, before, after
+
+
+def share_like(w):
+    """The share of images that w, (n,), says are of D_f."""
+    return (w > 0.5).float().mean().item()
+
+
+def print_outcome(record, seconds, paper):
+    """What came of it, in words, and what to try next."""
+    A_before = record["before"]["A"]
+    A = record["after"]["A"]
+    first, last = record["like_D_f"]
+    print(f"done after {record['steps']} steps ({seconds:.0f} s): A from {A_before:.4f} to "
+          f"{A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma (rms), samples like D_f from "
+          f"{100 * first:.1f}% to {100 * last:.1f}%")
+    if A > 1:  # what a broken network draws does not look like D_f either
+        also = "has lost more than D_f; try a larger --gamma, or a smaller --lr"
+        if A_before > 1:
+            also = "was so before the first step"
+        print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
+    elif first >= 0.01 and last > 0.2 * first:
+        also = "leave --paper away" if paper else "a larger --share, which pushes harder"
+        print(f"It is still there: try more --steps, or {also}")
+
+
+# --------------------------------------------------------------------------------------
+# The command line
+
+DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
+
+
+def with_defaults(args, ours, paper):
+    """The flags; those that were left away (None) as the chosen loss has them. Raises
+    UserError for a flag in which the loss has no part."""
+    if args.bound_weights and not args.paper:
+        raise UserError("--bound-weights belongs to --paper")
+    if args.share and args.paper:
+        raise UserError("--share has no part in --paper's loss: there --steps push harder")
+    settings = vars(args).copy()
+    for name, value in (paper if args.paper else ours).items():
+        if settings.get(name) is None:
+            settings[name] = value
+    return argparse.Namespace(**settings)
+
+
 def main(args):
     """Run the command line. Raises UserError for what the user can put right."""
     args = with_defaults(args, OURS, PAPER)
+    print(loss_in_words(args))
     device = pick_device(args.device)
-    path = args.checkpoint
-    if path == DEFAULT_CHECKPOINT and not os.path.exists(path):
-        print(f"no {path}: taking the model of MNIST that ships with the code")
-        path = str(SHIPPED)
-    checkpoint = load_checkpoint(path, device)
-    unet, diffusion, data = checkpoint.unet, checkpoint.diffusion, checkpoint.data
-    if checkpoint.forgotten:
-        raise UserError(f"{path} has already forgotten something: go back to "
-                        f"{checkpoint.forgotten['checkpoint']} and forget all at once")
-    indices = class_indices(args.forget_class or [], data["classes"])
-    classes = [data["classes"][i] for i in indices]
-    if set(classes) & set(data["excluded"]):
-        raise UserError(f"{path} was trained without {', '.join(classes)}: nothing to forget")
-    if 0 < len(classes) == len(data["classes"]) - len(data["excluded"]):
-        raise UserError("--forget-class names all classes: nothing would stay")
-    output = choose_output(args, path, checkpoint, classes)
-    picture = str(Path(output).with_suffix(".png"))
-    check_outputs([picture], args.overwrite)
+    path, checkpoint = choose_checkpoint(args, device)
+    indices, classes = choose_classes(args, path, checkpoint.data)
+    output, picture = choose_output(args, path, checkpoint, classes)
 
     # What is given: the posterior, and images of D_f.
     posterior, origin = choose_posterior(args, path, checkpoint, device)
-    forget, counted = load_forget_images(args, checkpoint, indices)
-    rho = args.share or counted  # that of --share weighs the push, and no more
-    forget = forget.to(device)
-    what = args.forget_images or ", ".join(classes)
-    print(f"forgetting {what}, from images {len(forget):,}: rho {rho:.3g}, {args.steps} "
-          f"steps of {args.batch_size} on {device}; {origin}")
+    images, rho = load_forget_images(args, checkpoint, indices)
+    images = images.to(device)
+    print(f"forgetting {args.forget_images or ', '.join(classes)}, from images {len(images):,}: "
+          f"rho {args.share or rho:.3g}, {args.steps} steps of {args.batch_size} on {device}; "
+          f"{origin}")
+
+    # Unlearn.
+    unet = checkpoint.unet
     parent = digest(unet.state_dict().values())
-    unet.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; buffers never moved
-    counter = count_evaluations(unet)
+    began = time.time()
+    settings = {name: getattr(args, name) for name in OURS}
+    try:
+        record, before, after = forget(
+            unet, checkpoint.diffusion, posterior, images, rho, args.share, args.paper,
+            args.bound_weights, args.seed, progress=True, **settings)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written")
+        raise
+    print_outcome(record, time.time() - began, args.paper)
 
-    # What theta* itself draws stands for the data, less what is of D_f.
-    def draw(n, progress=False):
-        shape = tuple(forget.shape[1:])
-        return diffusion.sample(unet, n, shape, 25, eta=1.0, seed=args.seed, series="own samples",
-                                progress=progress).to(device)
+    # What was done, and how, goes into the file. The posterior does not: mu* is the
+    # model that knew what was to be forgotten.
+    record.update(
+        classes=classes,
+        images_from=args.forget_images,
+        images=len(images),
+        rho=rho,
+        checkpoint=os.path.abspath(path),
+        parent=parent,
+        settings=vars(args))
+    contents = dict(checkpoint.raw)
+    contents.update(weights=unet.state_dict(), forgotten=record)
+    for key in ("posterior", "train"):
+        contents.pop(key, None)
+    save_checkpoint(output, contents, args.overwrite)
+    write_picture(picture, before, after, args.overwrite)
 
-    own = draw(args.anchors, progress=True)
-    frozen = frozen_network(unet, posterior)
-    likeness = Likeness(middle_features(frozen, diffusion), forget[:JUDGED], own, counted)
-    stays = likeness.of_own.argsort()[: math.ceil((1 - counted) ** 2 * len(own))]
-    common = (diffusion, posterior, forget, args.gamma, args.batch_size, args.t_range)
-    if args.paper:
-        objective = PaperObjective(*common, bound_weights=args.bound_weights)
-    else:
-        objective = FunctionSpaceObjective(*common, frozen=frozen, kept=own[stays.to(device)],
-                                           rho=rho)
-
-    # Unlearn, and look at the same noise again.
-    before = own[:CHECK_SAMPLES]
-    record, after = run(args, unet, posterior, objective, likeness, before,
-                        lambda: draw(len(before)))
-    record |= {"classes": classes, "images_from": args.forget_images, "images": len(forget),
-               "checkpoint": os.path.abspath(path), "settings": vars(args), "rho": counted,
-               "parent": parent, **counter}
-
-    # Without the posterior: mu* is the model that knew what was to be forgotten.
-    contents = {k: v for k, v in checkpoint.raw.items() if k not in ("train", "posterior")}
-    save_checkpoint(output, {**contents, "weights": unet.state_dict(), "forgotten": record})
-    sides = [make_grid(x[:64].cpu() / 2 + 0.5, nrow=8, pad_value=1) for x in (before, after)]
-    write_atomically(picture, lambda f: save_image(torch.cat(sides, dim=2), f, format="png"))
-    print(f"cost: {cost_of(counter['evaluations'], checkpoint)}")
+    print(f"cost: {cost_of(record['evaluations'], checkpoint)}")
     print(f"wrote {output}, and {picture}: before on the left, after on the right")
     if classes:
         more = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
         print(f"measure it: python evaluate.py --after {shlex.quote(output)}{more}")
+
+
+def write_picture(path, before, after, overwrite):
+    """Up to 8 x 8 samples before on the left, the same noise after on the right."""
+    grids = []
+    for samples in (before, after):
+        pixels = to_uint8(samples[:64].cpu())
+        grids.append(make_grid(pixels, pad_value=255))
+    write_images(path, torch.cat(grids, dim=2)[None], overwrite)
+
+
+def loss_in_words(args):
+    """The formula of the loss, with its gamma."""
+    loss = ("L = (1-{gamma:g}) [rho/K |eps_theta-eps_target|^2 + "
+            "(1-rho) |eps_theta-eps_theta*|^2] / abar_t + {gamma:g} (d/P) B")
+    if args.paper:
+        loss = "L = -(1-{gamma:g}) A + {gamma:g} (d/P) B"
+    if args.bound_weights:
+        loss += ", A with the bound's C_t"
+    return loss.format(gamma=args.gamma)
 
 
 def cost_of(evaluations, checkpoint):
@@ -573,65 +708,70 @@ def cost_of(evaluations, checkpoint):
     return f"{said}, {100 * evaluations / training:.0f}% of training's {training:,}"
 
 
-def run(args, net, posterior, objective, likeness, before, draw_again):
-    """Unlearn as the flags say, and say what came of it, as the network itself judges.
-    before: samples.  draw_again: a function, those of the same noise as the network is
-    then.  Returns (record, samples after)."""
-    began = time.time()
-    try:
-        record = unlearn(net, posterior, objective, args.lr, args.steps, args.adam,
-                         args.accumulate, args.seed, progress=True)
-        after = draw_again()
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written")
-        raise
-    first, last = ((likeness(x) > 0.5).float().mean().item() for x in (before, after))
-    record["like_D_f"] = first, last
-    A_before, A = record["before"]["A"], record["after"]["A"]
-    print(f"done after {record['steps']} steps ({time.time() - began:.0f} s): A from "
-          f"{A_before:.4f} to {A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma (rms), "
-          f"samples like D_f from {100 * first:.1f}% to {100 * last:.1f}%")
-    if A > 1:  # what a broken network draws does not look like D_f either
-        also = ("was so before the first step" if A_before > 1 else
-                "has lost more than D_f; try a larger --gamma, or a smaller --lr")
-        print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
-    elif first >= 0.01 and last > 0.2 * first:
-        also = "leave --paper away" if args.paper else "a larger --share, which pushes harder"
-        print(f"It is still there: try more --steps, or {also}")
-    return record, after
+def choose_checkpoint(args, device):
+    """(path, Checkpoint): the one that is named, or the one that ships with the code.
+    Raises UserError for one that has forgotten already."""
+    path = args.checkpoint
+    if path == DEFAULT_CHECKPOINT and not os.path.exists(path):
+        print(f"no {path}: taking the model of MNIST that ships with the code")
+        path = str(SHIPPED)
+    checkpoint = load_checkpoint(path, device)
+    if checkpoint.forgotten:
+        raise UserError(f"{path} has already forgotten something: go back to "
+                        f"{checkpoint.forgotten['checkpoint']} and forget all at once")
+    return path, checkpoint
+
+
+def choose_classes(args, path, data):
+    """(indices, names) of what to forget; none with --forget-images. Raises UserError
+    for classes that the model never saw, and for all that it knows."""
+    indices = class_indices(args.forget_class or [], data["classes"])
+    classes = [data["classes"][i] for i in indices]
+    if set(classes) & set(data["excluded"]):
+        raise UserError(f"{path} was trained without {', '.join(classes)}: nothing to forget")
+    known = len(data["classes"]) - len(data["excluded"])
+    if classes and len(classes) == known:
+        raise UserError("--forget-class names all classes: nothing would stay")
+    return indices, classes
 
 
 def choose_output(args, path, checkpoint, classes):
-    """Where the result goes. Raises UserError if that may not be replaced."""
+    """Where the result and its picture go. Raises UserError for what may not be
+    replaced."""
     place = Path(path)
     if checkpoint.data["source"].startswith("published") or place == SHIPPED:
         place = Path("checkpoints") / f"{place.stem}.pt"  # the result is a checkpoint of ours
-    what = "-".join(classes) or os.path.basename(os.path.abspath(args.forget_images))
-    # never a path, and no longer than a file's name may be
-    what = "".join(c if c.isalnum() or c in " .-_" else "_" for c in what)[:60]
+    what = "-".join(classes) or Path(args.forget_images).resolve().name
+    what = re.sub(r"[^\w .-]", "_", what)[:60]  # never a path, nor longer than a name may be
     output = args.output or str(place.with_name(f"{place.stem}-forget-{what}{place.suffix}"))
     if os.path.abspath(output) == os.path.abspath(path):
         raise UserError("--output is the --checkpoint itself, and evaluate.py needs both")
-    check_outputs([output], args.overwrite, (".pt", ".pth", ".ckpt"))
-    return output
+    picture = str(Path(output).with_suffix(".png"))
+    check_output(output, args.overwrite, WEIGHTS)
+    check_output(picture, args.overwrite)
+    return output, picture
 
 
 def choose_posterior(args, path, checkpoint, device):
-    """(the posterior given, kept or guessed, in words where it comes from).
+    """(the posterior, its origin in words): given, kept with the model, or guessed.
     Raises UserError for files that are no samples of p(theta | D), or of others."""
-    def snapshot(file):  # the weights at one moment of a training
+    def weights_at_one_moment(file):
         moment = load_checkpoint(file)
-        same = all(moment.config[k] == checkpoint.config[k] for k in ("schedule", "velocity"))
-        if moment.forgotten or not same:
+        beta = checkpoint.diffusion.beta.cpu()
+        same_beta = torch.equal(moment.diffusion.beta, beta)
+        same_output = moment.config["velocity"] == checkpoint.config["velocity"]
+        if moment.forgotten or not (same_beta and same_output):
             raise UserError(f"{file} is no sample of p(theta | D): it is unlearned, or another's")
-        if moment.posterior and "train" not in moment.raw:
+        if "train" in moment.raw:  # that step's weights, not their mean so far
+            return moment.raw["train"]["unet"]
+        if moment.posterior:
             raise UserError(f"{file} is the mean of a whole training: give copies made on the way")
-        # that step's weights, not their mean so far
-        return moment.raw.get("train", {"unet": moment.unet.state_dict()})["unet"]
+        return moment.unet.state_dict()
 
     parameters = dict(checkpoint.unet.named_parameters())
     if args.posterior:
-        posterior = GaussianPosterior.from_checkpoints(args.posterior, parameters, snapshot)
+        posterior = GaussianPosterior.from_checkpoints(args.posterior, parameters,
+                                                       weights_at_one_moment)
     elif checkpoint.posterior:
         posterior = GaussianPosterior(**checkpoint.posterior)
     elif "train" in checkpoint.raw:
@@ -645,16 +785,26 @@ def choose_posterior(args, path, checkpoint, device):
 
 def load_forget_images(args, checkpoint, indices):
     """D_f as (N, C, H, W) in [-1, 1], and rho, its share of the training set: counted;
-    of --forget-images --share, else 0.1. Other classes' files stay shut."""
+    with --forget-images it is --share, or 0.1. Other classes' files stay shut."""
     generator = torch.Generator().manual_seed(args.seed)
-    shuffled = lambda x: x[torch.randperm(len(x), generator=generator)]
+
+    def shuffled(x):
+        return x[torch.randperm(len(x), generator=generator)]
+
     if args.forget_images:
         images = shuffled(load_images(args.forget_images, checkpoint.config["image_shape"]))
         return to_float(images[: args.forget_samples]), args.share or 0.1
-    (images, labels), data = load_data_of(checkpoint, args.data_root, only=indices), checkpoint.data
-    n = sum(data["counts"][i] for i in indices) if "counts" in data else len(images)
-    chosen = torch.cat([shuffled((labels == i).nonzero().flatten())[: args.forget_samples]
-                        for i in indices])
+
+    data = checkpoint.data
+    images, labels = load_data_of(checkpoint, args.data_root, only=indices)
+    n = len(images)
+    if "counts" in data:
+        n = sum(data["counts"][i] for i in indices)
+    chosen = []
+    for i in indices:
+        of_class = (labels == i).nonzero().flatten()
+        chosen.append(shuffled(of_class)[: args.forget_samples])
+    chosen = torch.cat(chosen)
     if len(indices) > 1:  # mixed, so that any part of them is one of all
         chosen = shuffled(chosen)
     return to_float(images[chosen]), n / data["images"]
@@ -666,7 +816,7 @@ def add_unlearning_flags(p, ours, paper):
     p.add_argument("--paper", action="store_true", help="the paper's two terms alone, A and B")
     p.add_argument("--bound-weights", action="store_true", help="--paper with the bound's C_t")
     p.add_argument("--gamma", type=number(float, 0, 1), help=f"weight of B {said['gamma']}")
-    p.add_argument("--lr", type=number(float, 1e-12), help=f"step size in sigma* {said['lr']}")
+    p.add_argument("--lr", type=number(float, 1e-12), help=f"step size in z {said['lr']}")
     p.add_argument("--steps", type=number(int, 1), help=said["steps"])
     p.add_argument("--batch-size", type=number(int, 1), help=f"images a step {said['batch_size']}")
     p.add_argument("--t-range", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),

@@ -2,71 +2,75 @@
 all off the network; and start what takes longest early."""
 
 import os
-import shlex
-import signal
+import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 # the networks here are tiny: a second thread costs more than it brings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ |= {"PYTHONPATH": str(ROOT),  # of the programs that the tests start, too
-               "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+os.environ.update(
+    PYTHONPATH=str(ROOT),  # of the programs that the tests start, too
+    http_proxy="http://127.0.0.1:9",
+    https_proxy="http://127.0.0.1:9")
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import evaluate  # noqa: E402
-import train_ddpm  # noqa: E402
-
 torch.set_num_threads(1)
 torch.cpu._is_avx512_bf16_supported = bool  # no autocast: every CPU computes the same
-PROGRAMS = ["vdu.py --forget-class 1 --anchors 200 --steps 60 --share 0.35",
-            "vdu.py --paper --forget-class 1 --anchors 20 --steps 25 --output two.pt"]
+
+# What a newcomer types, with less of everything: first the model that ships with the
+# code forgets a digit; then the three commands, one after the other.
+PROGRAMS = """
+vdu.py --forget-class 1 --seed 1 --forget-samples 80 --anchors 80 --steps 24 --batch-size 24 \
+    --share 0.4 --lr 0.4
+vdu.py --forget-class 1 --forget-samples 60 --anchors 60 --steps 6 --batch-size 64 --paper \
+    --lr 0.03 --output paper.pt
+train_ddpm.py --steps 12 --batch-size 4
+vdu.py --forget-class 7 --forget-samples 20 --anchors 10 --steps 2 --batch-size 4
+evaluate.py --samples 20 --sampling-steps 3 --bits 2
+evaluate.py --after checkpoints/mnist-forget-1.pt --samples 200 --sampling-steps 12 --bits 4
+""".strip().splitlines()
 
 
 def pytest_collection_modifyitems(items):
     """Last what waits for the programs that run beside."""
-    items.sort(key=lambda item: "shipped_model" in item.name)
-
-
-@pytest.fixture(scope="session")
-def classifier(tmp_path_factory):
-    """The file of evaluate.py's classifier of the 5,000 images, of four epochs in place
-    of eight. Copied into a checkpoints/ folder, it is what evaluate.py finds there."""
-    cwd = tmp_path_factory.mktemp("classifier")
-    images, labels, data = train_ddpm.load_dataset("mnist", train_ddpm.MNIST_5K)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(cwd)
-        train = evaluate.train_classifier
-        patch.setattr(evaluate, "train_classifier", lambda *args: train(*args, epochs=4))
-        checkpoint = SimpleNamespace(data=data)
-        evaluate.get_classifier(checkpoint, images, labels, None, None, torch.device("cpu"))
-    return next(cwd.glob("checkpoints/*"))
+    items.sort(key=lambda item: "test_shipped" in item.nodeid)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shipped(request, tmp_path_factory):
-    """Run the programs, if they are asked for, one after the other on another core.
-    Returns a function: their folder and what each printed, once all have ended."""
+    """Run the programs on another core, if a test will ask for them. Returns a function:
+    their folder, and what each printed, once all have ended."""
     folder = tmp_path_factory.mktemp("shipped")
-    code = ("import runpy, sys, torch; torch.cpu._is_avx512_bf16_supported = bool; "
-            f"sys.argv.pop(0); runpy.run_path('{ROOT}/' + sys.argv[0], run_name='__main__')")
-    start = shlex.join([sys.executable, "-c", code])
-    script = "".join(f"{start} {line} > {i}.txt 2>&1 || exit\n"
-                     for i, line in enumerate(PROGRAMS))
-    asked = any("shipped_model" in item.name for item in request.session.items)
-    shell = subprocess.Popen(["sh", "-c", script * asked], cwd=folder, start_new_session=True)
+    log = folder / "log.txt"
+    if not any("test_shipped" in item.nodeid for item in request.session.items):
+        yield
+        return
+    with open(log, "w") as file:
+        beside = subprocess.Popen(
+            [sys.executable, "-u", __file__], cwd=folder, stdout=file, stderr=file)
 
     def outputs():
-        code = shell.wait(timeout=1600)
-        printed = [path.read_text() for path in sorted(folder.glob("*.txt"))]
-        assert code == 0, printed[-1]
-        return folder, printed
+        code = beside.wait(timeout=1600)
+        printed = log.read_text()
+        assert code == 0, printed
+        return folder, printed.split("$ ")[1:]
 
     yield outputs
-    if shell.poll() is None:
-        os.killpg(shell.pid, signal.SIGKILL)
+    beside.kill()
+
+
+def run_programs():
+    """One after the other, each as a file of its own; the first that fails ends it."""
+    for line in PROGRAMS:
+        print("$", line)
+        sys.argv = line.split()
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+
+if __name__ == "__main__":
+    run_programs()

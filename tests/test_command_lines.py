@@ -1,418 +1,486 @@
-"""The three commands as people type them, in a temporary folder, without a network; and
-what wrong input gets."""
+"""The commands as people type them, in a temporary folder, without a network; and what
+wrong input gets."""
 
-import contextlib
+import importlib
 import io
+import itertools
 import json
 import pickle
 import re
 import resource
 import runpy
 import shlex
-import shutil
 import signal
 import sys
+from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
+from pytest import MonkeyPatch, fixture, mark, raises
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 import ddpm
 import evaluate
-import sd_unlearn
 import train_ddpm
 import vdu
 from conftest import ROOT
+from ddpm import read_file
+from test_ddpm import CONFIG, write
+from train_ddpm import load_dataset
 
+RED = "\u7ea2"  # a name that many terminals cannot show
+CLASSES = ["blue", "green", RED]
+TRAINED = "checkpoints/images.pt"
+WITHOUT = f"checkpoints/images-without-{RED}.pt"
+FORGOT = f"checkpoints/images-forget-{RED}.pt"
 FEW = "--paper --steps 1 --batch-size 4 --anchors 10"
 DRAW = "--samples 12 --sampling-steps 2 --bits 0"
-COLOURS = ("train_ddpm.py --dataset folder --data-root images --image-size 8 --steps 44 "
-           "--batch-size 8")
+TRAIN = ("train_ddpm.py --dataset folder --data-root images --image-size 8 --steps 32 "
+         "--batch-size 4")
+VDU = f"vdu.py --checkpoint {TRAINED}"
 
 
 def command(line, cwd, code=0, encoding="utf-8"):
-    """All that a command line prints, run by its file as __main__, without the seconds
-    that a new process takes to import torch. It has to end with this exit code."""
+    """All that a command line prints. It has to end with this exit code."""
     script, *args = shlex.split(line)
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2)]
-    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]),
-          contextlib.redirect_stderr(streams[1])):
+    module = importlib.import_module(Path(script).stem)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+    ended = 0
+    with MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *args])
-        ended = 0
+        patch.setattr(sys, "stdout", screen)
+        patch.setattr(sys, "stderr", screen)
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            ddpm.run_command_line(lambda: module.main(module.parser().parse_args()))
         except SystemExit as e:
-            ended = e.code or 0
-    said = "".join(stream.buffer.getvalue().decode(encoding) for stream in streams)
+            ended = e.code
+    said = screen.buffer.getvalue().decode(encoding)
     assert ended == code, said
     return said
 
 
+def files_in(folder):
+    """{path: when it was written last} of all files in a folder and below it."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
 def refused(line, cwd, *words):
-    """The last line says what is wrong, and no file changes."""
-    files = lambda: {p: p.stat().st_mtime_ns for p in cwd.rglob("*") if p.is_file()}
-    before, said = files(), command(line, cwd, code=2)
-    last = said.splitlines()[-1]
-    assert re.match(r"(\w+\.py: )?error: ", last) and "Traceback" not in said, said
-    assert all(word in last for word in words) and files() == before, last
+    """The last line says what is wrong, in these words, and no file changes."""
+    before = files_in(cwd)
+
+    last = command(line, cwd, code=2).splitlines()[-1]
+
+    assert re.match(r"(\w+\.py: )?error: ", last)
+    assert [word for word in words if word not in last] == [], last
+    assert files_in(cwd) == before
 
 
-load = lambda path: torch.load(path, weights_only=True)
-past = lambda path: ddpm.load_checkpoint(path).forgotten
-report_of = lambda folder: json.loads((folder / "report.json").read_text())
-same = lambda a, b: a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, classifier):
-    """Where the three commands were typed, and four more."""
-    cwd = tmp_path_factory.mktemp("run")
-    (cwd / "checkpoints").mkdir()
-    shutil.copy(classifier, cwd / "checkpoints")
-    said = command("train_ddpm.py --steps 40 --batch-size 16", cwd)
-    assert "no network" in said and "5,000 images of 1x28x28 (mnist_5k.npz)" in said
-    said = command("vdu.py --forget-class 1 --steps 3 --batch-size 8 --anchors 10", cwd)
-    assert said.startswith("L = ") and "samples like D_f from" in said and "broken" not in said
-    (cwd / "checkpoints/newest.pt").write_bytes(b"cut short")  # is not what evaluate.py takes
-    said = command("evaluate.py --samples 20 --sampling-steps 3 --bits 2", cwd)
-    assert "PUL" in said and re.search("^checkpoints/mnist-forget-1.pt .*%", said, re.M)
-    command(f"vdu.py --forget-class 1 7 --forget-samples 20 {FEW} --output two.pt", cwd)
-    command("vdu.py --forget-class 3 --gamma 1 --steps 1 --anchors 10 --output g1.pt", cwd)
-    command("train_ddpm.py --steps 2 --batch-size 8 --exclude-class 1 --output without-1.pt", cwd)
-    return cwd
-
-
-def test_the_three_commands_leave_what_they_say(folder):
-    results = folder / "results/mnist-forget-1"
-    assert {p.name for p in results.iterdir()} == {"report.json", "before.png", "after.png"}
-    assert min(Image.open(results / "after.png").size) >= 3 * 28  # a grid
-    before, after = (report := report_of(results))["before"], report["after"]
-    assert [before["checkpoint"], after["checkpoint"]] == [
-        str(folder / "checkpoints/mnist.pt"), "checkpoints/mnist-forget-1.pt"]
-    for part in (before, after):
-        assert sum(part["counts"].values()) == 20 and list(part["counts"]) == list("0123456789")
-        assert part["forgotten_count"] == part["counts"]["1"] and part["bits_forgotten"] > 0
-    assert after["u_fid"] > 0 and "relearning" not in report
-    assert report["forgotten"] == ["1"] and report["classifier_accuracy"] > 0.9
-    assert report["settings"]["sampling_steps"] == 3 and report["data"]["images"] == 5000
-
-
-def test_checkpoints_remember(folder):
-    trained = ddpm.load_checkpoint(folder / "checkpoints/mnist.pt")
-    assert trained.posterior["n"] == 3 and trained.step == 40 and "train" not in trained.raw
-    theta = dict(trained.unet.named_parameters())
-    assert same(theta, trained.posterior["mean"]) and not trained.unet.training
-    one, two = past(folder / "checkpoints/mnist-forget-1.pt"), past(folder / "two.pt")
-    assert (one["classes"], one["images"], one["rho"], one["steps"]) == (["1"], 500, 0.1, 3)
-    assert one["checkpoint"] == str(folder / "checkpoints/mnist.pt")
-    assert one["settings"]["gamma"] == vdu.OURS["gamma"] and one["settings"]["steps"] == 3
-    assert len(one["like_D_f"]) == 2 and one["steps"] == 3
-    assert (two["classes"], two["images"], two["rho"]) == (["1", "7"], 40, 0.2)
-    # gamma 1 leaves all at mu*, bit for bit: theta*, mu* and "before" are the same
-    assert same(theta, load(folder / "g1.pt")["weights"])
-    assert not same(theta, load(folder / "two.pt")["weights"])
-
-
-def tensors_in(value):
-    """Every tensor in a file's nested contents."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    for part in value.values() if isinstance(value, dict) else ():
-        yield from tensors_in(part)
-
-
-def test_the_file_that_forgot_does_not_hold_what_it_forgot(folder):
-    """None of the parent's tensors that moved is left in it, under any name."""
-    parent = load(folder / "checkpoints/mnist.pt")
-    after = load(folder / "checkpoints/mnist-forget-1.pt")
-    old = [v for k, v in parent["weights"].items() if not torch.equal(v, after["weights"][k])]
-    assert len(old) > 100
-    for v in tensors_in(after):
-        assert not any(v.shape == w.shape and torch.equal(v.float(), w) for w in old)
-
-
-def test_the_picture_shows_the_same_noise_before_and_after(folder):
-    """8 x 8 each at most, 10 own samples here; gamma 1 changed nothing."""
-    for name, same_sides in (("g1", True), ("checkpoints/mnist-forget-1", False)):
-        pixels = pil_to_tensor(Image.open(folder / f"{name}.png"))
-        left, right = pixels.chunk(2, dim=2)
-        assert left.shape == (3, 2 * 30 + 2, 8 * 30 + 2) and torch.equal(left, right) == same_sides
-
-
-def ctrl_c(patch, module, name, *times):
-    """Ctrl-C before these calls of module.name: 3, 3 is twice before its third."""
-    function, numbers = getattr(module, name), iter(range(1, 10**6))
+def ctrl_c(patch, module, name, *at):
+    """Press Ctrl-C before these calls of module.name."""
+    function = getattr(module, name)
+    numbers = itertools.count(1)
 
     def pressed(*args, **kwargs):
-        for _ in range(times.count(next(numbers))):
+        if next(numbers) in at:
             signal.raise_signal(signal.SIGINT)
         return function(*args, **kwargs)
 
     patch.setattr(module, name, pressed)
 
 
-def test_ctrl_c_while_unlearning_and_the_seed(folder, monkeypatch):
-    line = "vdu.py --paper --forget-class 5 --batch-size 4 --anchors 10 --output stopped.pt"
-    ctrl_c(monkeypatch, ddpm, "stratified_timesteps", 3)
-    said = command(line, folder, 130)
-    assert "interrupted: nothing was written" in said and "Traceback" not in said
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def tiny(image_shape):
+    """In the place of the small network, a smaller one."""
+    unet, training = train_ddpm.small(image_shape)
+    unet.update(model_channels=8, channel_mult=(1, 2), attention_resolutions=())
+    return unet, training
+
+
+@fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of three colours, and what the commands made of them."""
+    cwd = tmp_path_factory.mktemp("run")
+    for channel, name in enumerate([RED, "green", "blue"]):
+        (cwd / "images" / name).mkdir(parents=True)
+        for i in range(16):
+            image = torch.rand(3, 20, 24) / 10
+            image[channel] += 0.3 + 0.6 * i / 16
+            save_image(image, cwd / f"images/{name}/{i}.png")
+
+    with MonkeyPatch.context() as patch:
+        patch.setitem(train_ddpm.NETWORKS, "small", tiny)
+        said = command(TRAIN, cwd, encoding="cp1252")
+        assert r"48 images of 3x8x8 (folder) in 3 classes (blue, green, \u7ea2)" in said
+        command(f"{TRAIN} --exclude-class {RED} --steps 2 --output {WITHOUT}", cwd)
+        command(f"{VDU} --forget-class {RED} --steps 3 --batch-size 8 --anchors 10", cwd)
+        cut_short = (cwd / TRAINED).read_bytes()[:9999]
+        (cwd / "checkpoints/newest.pt").write_bytes(cut_short)  # evaluate.py passes over it
+        command("evaluate.py --samples 20 --sampling-steps 3 --bits 2", cwd)
+        command(f"{VDU} --forget-class blue green --forget-samples 8 {FEW} --output two.pt", cwd)
+        command(f"{VDU} --forget-class green --gamma 1 --steps 1 --anchors 10 --output g1.pt", cwd)
+        yield cwd
+
+
+def test_evaluate_leaves_a_report_and_two_pictures(folder):
+    results = folder / f"results/images-forget-{RED}"
+    report = report_of(results)
+
+    assert {path.name for path in results.iterdir()} == {"report.json", "before.png", "after.png"}
+    assert report["before"]["checkpoint"] == str(folder / TRAINED)
+    assert report["after"]["checkpoint"] == FORGOT
+    assert report["forgotten"] == [RED]
+    assert len(report["retrained"]["PUL"]) == 1  # that model was found beside the parent
+    assert report["classifier_accuracy"] == 1
+    assert report["settings"]["sampling_steps"] == 3
+    assert report["data"]["images"] == 48
+    for part in (report["before"], report["after"]):
+        assert list(part["counts"]) == CLASSES
+        assert sum(part["counts"].values()) == 20
+        assert part["forgotten_count"] == part["counts"][RED]
+        assert part["bits_forgotten"] > 0
+
+
+@mark.parametrize("file, classes, rho, steps", [
+    (FORGOT, [RED], 1 / 3, 3),
+    ("two.pt", ["blue", "green"], 2 / 3, 1),
+])
+def test_an_unlearned_checkpoint_remembers(folder, file, classes, rho, steps):
+    record = ddpm.load_checkpoint(folder / file).forgotten
+
+    assert record["classes"] == classes
+    assert record["images"] == 16
+    assert record["rho"] == rho
+    assert record["checkpoint"] == str(folder / TRAINED)
+    assert record["settings"]["steps"] == steps
+
+
+def test_the_file_that_forgot_does_not_hold_what_it_forgot(folder):
+    """None of the parent's tensors that moved is left in it, under any name."""
+    parent = read_file(folder / TRAINED)["weights"]
+    after = read_file(folder / FORGOT)["weights"]
+    moved = [v for k, v in parent.items() if not torch.equal(v, after[k])]
+    contents = (folder / FORGOT).read_bytes()
+
+    left = [v for v in moved if v.numpy().tobytes() in contents]
+
+    assert moved
+    assert not left
+
+
+@mark.parametrize("name, unchanged", [("g1", True), (f"checkpoints/images-forget-{RED}", False)])
+def test_the_picture_shows_the_same_noise_before_and_after(folder, name, unchanged):
+    pixels = pil_to_tensor(Image.open(folder / f"{name}.png"))
+
+    left, right = pixels.chunk(2, dim=2)
+
+    assert left.shape == (3, 2 * 10 + 2, 8 * 10 + 2)  # ten samples: two rows of eight places
+    assert torch.equal(left, right) == unchanged
+
+
+def test_ctrl_c_while_unlearning_writes_nothing(folder, monkeypatch):
+    ctrl_c(monkeypatch, vdu, "stratified_timesteps", 3)
+
+    said = command(f"{VDU} --forget-class blue {FEW} --steps 9 --output stopped.pt", folder, 130)
+
+    assert "interrupted: nothing was written" in said
     assert not list(folder.glob("stopped.*"))
-    # of one image there is no order that could differ: t and eps must, with the seed
+
+
+def test_the_seed_decides_what_is_drawn(folder):
+    """t and the noise: of one image there is no order that could differ."""
     (folder / "one").mkdir()
-    save_image(torch.rand(1, 28, 28), folder / "one/image.png")
+    save_image(torch.rand(3, 8, 8), folder / "one/image.png")
+
+    weights = []
     for i, seed in enumerate((1, 2, 1)):
-        command(f"vdu.py --forget-images one --seed {seed} {FEW} --output {i}.pt", folder)
-    a, b, c = (load(folder / f"{i}.pt")["weights"] for i in range(3))
-    assert same(a, c) and not same(a, b)
+        command(f"{VDU} --forget-images one --seed {seed} {FEW} --output {i}.pt", folder)
+        weights.append(read_file(folder / f"{i}.pt")["weights"])
+
+    assert same(weights[0], weights[2])
+    assert not same(weights[0], weights[1])
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def wrong(folder):
     """The folder, with files in it that are wrong in one way each."""
-    bomb = type("Bomb", (), {"__reduce__": lambda self: (open, ("bomb-went-off", "w"))})()
-    whole, g1 = folder / "checkpoints/mnist.pt", load(folder / "g1.pt")
-    raw = load(whole)
-    plus = lambda x: {k: v + x for k, v in raw["weights"].items()}
-    loud = dict(raw["weights"], **{"out.2.bias": raw["weights"]["out.2.bias"] + 1000})
-    for name in ("elsewhere", "other/g1", "spoilt/a", "half/MNIST/raw"):
-        (folder / name).mkdir(parents=True)
+    trained = read_file(folder / TRAINED)
+    data = trained["data"]
+    g1 = read_file(folder / "g1.pt")
+    files = ["cat.png", "other/g1/after.png", "spoilt/a/image.png", "model-00001-of-00002.bin",
+             "half/MNIST/raw/train-images-idx3-ubyte", "elsewhere/mine"]
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"mine")
     for name, contents in {
-            "bomb": bomb, "foreign": {"weights": torch.zeros(3)},
-            "loud": dict(raw, weights=loud, posterior=dict(raw["posterior"], mean=loud)),
-            "nan": dict(g1, weights=plus(torch.nan)),
-            "unfinished": dict(raw, posterior=None, train={}),
-            "letters": dict(raw, data=dict(raw["data"], classes=list("abcdefghij"))),
-            "other-images": dict(raw, data=dict(raw["data"], digest="0" * 16), train={}),
-            "moment-0": dict(raw, train={"unet": plus(0)}),  # as --save-every saves them
-            "moment-1": dict(raw, train={"unet": plus(0.02)}),
-            # another training that has the name of the parent
-            "elsewhere/mnist": dict(raw, weights=plus(1)),
-            "elsewhere/g1": dict(g1, forgotten=dict(g1["forgotten"], checkpoint="/x/mnist.pt")),
+        "unfinished": trained | {"posterior": None, "train": {}},
+        "letters": trained | {"data": data | {"classes": ["a", "b", "c"]}},
+        "others": trained | {"data": data | {"digest": "0"}, "train": {}},
+        "elsewhere/images": read_file(folder / WITHOUT),  # has the name of the parent
+        "elsewhere/g1": g1 | {"forgotten": g1["forgotten"] | {"checkpoint": "/x/images.pt"}},
     }.items():
         torch.save(contents, folder / f"{name}.pt")
-    for name, contents in {
-            "cut.pt": whole.read_bytes()[:9999], "half/MNIST/raw/train-images-idx3-ubyte": b"half",
-            "model-00001-of-00002.bin": whole.read_bytes(),
-            **dict.fromkeys(["cat.png", "other/g1/after.png", "spoilt/a/image.png"], b"mine"),
-    }.items():
-        (folder / name).write_bytes(contents)
     return folder
 
 
 # The command, and after each bar what its error has to say.
 WRONG = f"""
-train_ddpm.py --output x.pt --steps 0 | argument --steps: must be from 1 to inf, not 0
-train_ddpm.py --output x.pt --seed {2**32} | argument --seed: must be from 0 | not {2**32}
-vdu.py --forget-class 2 --gamma 1.5 | argument --gamma: must be from 0 to 1, not 1.5
-vdu.py --forget-class 2 {FEW} --t-range 0 0.0004 | --t-range
-vdu.py --forget-class 2 {FEW} --steps 9 --lr 1e30 | the loss became | at step | nothing was
-train_ddpm.py --output x.pt --steps 9 --lr 1e30 | at step 1, after saving step 0 | than 1e+30
-vdu.py --forget-class 2 --bound-weights | --bound-weights belongs to --paper
-vdu.py --forget-class 2 --device abacus | no device 'abacus'
-vdu.py --forget-class eleven | no class 'eleven' | 0; 1; 2; 3
-vdu.py --forget-class 0 1 2 3 4 5 6 7 8 9 | names all classes
-vdu.py --forget-class 1 --checkpoint without-1.pt | was trained without 1
-train_ddpm.py --steps 1 | checkpoints/mnist.pt exists | --resume | --overwrite
-train_ddpm.py --output cat.pt --steps 1 | cat.png exists
-vdu.py --forget-class 1 --output runs/ | runs/ is a folder
-vdu.py --forget-class 1 | checkpoints/mnist-forget-1.pt exists | --overwrite
-vdu.py --forget-class 1 --output cat.png/x.pt | cat.png/x.pt cannot be written
-vdu.py --forget-class 1 --output {'x' * 300}.pt | cannot be written
-vdu.py --forget-class 1 --output checkpoints/mnist.pt --overwrite | is the --checkpoint itself
-evaluate.py | results/mnist-forget-1/report.json exists | --overwrite
+train_ddpm.py --steps 0 | argument --steps: must be from 1 to 1e+18, not 0
+train_ddpm.py --seed {2**32} | argument --seed: must be from 0 | not {2**32}
+train_ddpm.py --dataset folder | needs --data-root
+train_ddpm.py --dataset folder --data-root images | {TRAINED} exists | --resume | --overwrite
+train_ddpm.py --output cat.pt | cat.png exists
+train_ddpm.py --resume --output {TRAINED} | {TRAINED} is no interrupted run
+train_ddpm.py --resume --output others.pt | others.pt was trained on other images
+train_ddpm.py --data-root half | mnist | damaged | half/MNIST/raw
+train_ddpm.py --dataset cifar10 | cannot be downloaded | data/cifar-10-batches-py
+train_ddpm.py --dataset tiny-imagenet | cannot be downloaded | tiny-imagenet-200
+train_ddpm.py --dataset folder --data-root spoilt | cannot read the image spoilt/a/image.png
+{TRAIN} --output x.pt --lr 1e18 | the loss became | after saving step 0 | than 1e+18
+vdu.py --forget-class blue --gamma 1.5 | argument --gamma: must be from 0 to 1, not 1.5
+vdu.py --forget-class blue {FEW} --t-range 0 0.0004 | t_range needs
+vdu.py --forget-class blue {FEW} --steps 9 --lr 1e18 | became infinite at step | nothing was
+vdu.py --forget-class blue --bound-weights | --bound-weights belongs to --paper
+vdu.py --forget-class blue --paper --share 0.5 | --share has no part
+vdu.py --forget-class blue --device abacus | no device 'abacus'
+vdu.py --forget-class pink | no class 'pink' | blue; green
+vdu.py --forget-class blue --output x.txt | x.txt has to end in .pt
+vdu.py --forget-class blue --output elsewhere/ | is a folder
+vdu.py --forget-class {RED} | {FORGOT} exists | --overwrite
+vdu.py --forget-class blue --output cat.png/x.pt | cat.png
+vdu.py --forget-class blue --output {'x' * 300}.pt | name too long
+vdu.py --forget-class blue --output {TRAINED} --overwrite | is the --checkpoint itself
+vdu.py --forget-class blue --checkpoint no.pt | no checkpoint at no.pt | train_ddpm.py
+vdu.py --forget-class blue --checkpoint checkpoints/newest.pt | damaged or cut short
+vdu.py --forget-class blue --checkpoint model-00001-of-00002.bin | one shard of several
+vdu.py --forget-class blue --checkpoint unfinished.pt | train_ddpm.py --resume --output unfin
+vdu.py --forget-class blue --checkpoint g1.pt | g1.pt has already forgotten something
+vdu.py --forget-class blue --posterior {TRAINED} g1.pt | {TRAINED} is the mean of a whole
+vdu.py --forget-class blue --posterior g1.pt {TRAINED} | g1.pt is no sample | unlearned
+vdu.py --forget-class blue --data-root nowhere | not in nowhere any more | --data-root
+evaluate.py | results/images-forget-{RED}/report.json exists | --overwrite
 evaluate.py --after g1.pt --output other | other/g1/after.png exists
 evaluate.py --after g1.pt elsewhere/g1.pt | two files have the same name
-vdu.py --forget-class 1 --checkpoint missing.pt | no checkpoint at missing.pt | train_ddpm.py
-vdu.py --forget-class 1 --checkpoint cut.pt | cut.pt is damaged or cut short
-vdu.py --forget-class 1 --checkpoint model-00001-of-00002.bin | one shard of several
-vdu.py --forget-class 1 --checkpoint foreign.pt | foreign.pt holds no model
-vdu.py --forget-class 1 --checkpoint bomb.pt | bomb.pt was refused
-vdu.py --forget-class 2 --checkpoint unfinished.pt | train_ddpm.py --resume --output unfinished.pt
-vdu.py --forget-class 2 --checkpoint g1.pt | g1.pt has already forgotten something
-vdu.py --forget-class 2 --posterior moment-0.pt checkpoints/mnist.pt | mean of a whole training
-vdu.py --forget-class 2 --posterior moment-0.pt two.pt | two.pt | unlearned
-evaluate.py --after nan.pt | nan.pt is broken
-evaluate.py --after g1.pt --output o --retrained without-1.pt | was not trained without 3
-evaluate.py --after g1.pt --output o --retrained letters.pt | not trained on one dataset
-evaluate.py --after elsewhere/g1.pt | /x/mnist.pt, which is gone or another | --before
-train_ddpm.py --resume | checkpoints/mnist.pt is no interrupted run
-train_ddpm.py --resume --output other-images.pt | other-images.pt was trained on other images
-train_ddpm.py --output x.pt --data-root half | mnist | damaged | half/MNIST/raw
-train_ddpm.py --output x.pt --dataset cifar10 | cannot be downloaded | data/cifar-10-batches-py
-train_ddpm.py --output x.pt --dataset tiny-imagenet | cannot be downloaded | tiny-imagenet-200
-train_ddpm.py --output x.pt --dataset folder --data-root spoilt | cannot read the image
-vdu.py --forget-class 2 --data-root nowhere | not in nowhere any more | --data-root
+evaluate.py --after g1.pt --retrained {WITHOUT} | was not trained without green
+evaluate.py --after g1.pt --retrained letters.pt | not trained on one dataset
+evaluate.py --after {FORGOT} --output o --retrained {f'{WITHOUT} ' * 3} | one model or two
+evaluate.py --after {TRAINED} | {TRAINED} forgot nothing | --before
+evaluate.py --after elsewhere/g1.pt | /x/images.pt, which is gone or another | --before
 """.strip().splitlines()
 
 
-@pytest.mark.parametrize("row", WRONG, ids=lambda row: row.partition(" |")[0][:70])
+@mark.parametrize("row", WRONG, ids=str)
 def test_what_is_wrong_is_said_and_nothing_is_written(wrong, row):
     line, *words = row.split(" | ")
-    refused(line, wrong, *words)
-    assert not (wrong / "bomb-went-off").exists()
+
+    refused(line.replace("vdu.py", VDU), wrong, *words)
 
 
-def test_the_posterior_of_moments_and_a_broken_network(wrong):
-    said = command("vdu.py --forget-class 2 --posterior moment-0.pt moment-1.pt --gamma 1 "
-                   f"{FEW}", wrong)
+def test_a_posterior_of_copies_made_on_the_way_has_their_mean(folder):
+    """gamma 1 stays there."""
+    trained = read_file(folder / TRAINED)
+    for name, distance in (("start", 0), ("end", 0.02)):
+        weights = {k: v + distance for k, v in trained["weights"].items()}
+        torch.save(trained | {"train": {"unet": weights}}, folder / f"{name}.pt")
+
+    said = command(f"{VDU} --forget-class green --posterior start.pt end.pt --gamma 1 {FEW} "
+                   "--output middle.pt", folder)
+
+    middle = read_file(folder / "middle.pt")["weights"]
     assert "posterior of 2 checkpoints" in said
-    weights = load(wrong / "checkpoints/mnist-forget-2.pt")["weights"]
-    for k, v in load(wrong / "moment-0.pt")["weights"].items():
-        assert torch.allclose(weights[k], v + 0.01, atol=1e-5)  # at the mean of the two
-    # nothing looks like D_f in the noise that this one draws: no line may praise that
-    said = command(f"vdu.py --checkpoint loud.pt --forget-class 1 --gamma 1 {FEW}", wrong)
-    assert "it is broken" in said and "still there" not in said
+    for k, v in trained["weights"].items():
+        assert torch.allclose(middle[k], v + 0.01, atol=1e-5)
 
 
-def test_a_full_disk_leaves_the_old_file(folder, request):
+@mark.parametrize("A_before, A, like, paper, advice", [
+    (0.1, 0.2, 0.05, False, "still there: try more --steps, or a larger --share"),
+    (0.1, 0.2, 0.05, True, "still there: try more --steps, or leave --paper away"),
+    (0.1, 3.0, 0.05, False, "broken (A of a network that always says 0 is 1, here 3) and has"),
+    (3.0, 3.0, 0.05, False, "was so before the first step\n"),
+])
+def test_what_came_of_it_is_said_with_what_to_try(capsys, A_before, A, like, paper, advice):
+    record = {"before": {"A": A_before}, "after": {"A": A}, "like_D_f": [0.1, like],
+              "steps": 1, "moved_rms_sigma": 1}
+
+    vdu.print_outcome(record, seconds=1, paper=paper)
+
+    assert advice in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_the_old_file(folder):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    refused(f"vdu.py --forget-class 1 {FEW} --overwrite", folder,
-            "cannot write checkpoints/mnist-forget-1.pt", "untouched")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        refused(f"{VDU} --forget-class {RED} {FEW} --overwrite", folder,
+                "cannot write", "untouched")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_model_trained_without_the_class_is_measured_and_relearns(folder):
-    """And a network that draws no digits is told from one that does."""
-    said = command(f"evaluate.py --before {train_ddpm.SHIPPED} --after without-1.pt --samples 12 "
-                   "--sampling-steps 5 --bits 0 --relearn 2 --retrained without-1.pt", folder)
-    report = report_of(folder / "results/without-1")
-    again, count = report["relearning"], report["after"]["forgotten_count"]
-    assert report["forgotten"] == ["1"] and again["steps"] == [0, 2]
-    assert again["shares"][0] == pytest.approx(count / 12)  # at first of the same noise
-    assert "WARNING: u-FID grew" in said and "retrained (without-1.pt): PUL" in said
-    assert "the floor is missing" in said
+    command(f"evaluate.py --before {TRAINED} --after {WITHOUT} {DRAW} --relearn 2", folder)
+
+    report = report_of(folder / f"results/images-without-{RED}")
+    assert report["forgotten"] == [RED]
+    assert report["relearning"]["steps"] == [0, 2]
 
 
-def test_several_models_in_one_table(folder):
-    models = ["checkpoints/mnist-forget-1.pt", "two.pt", "g1.pt"]
-    said = command(f"evaluate.py --after {' '.join(models)} {DRAW} --relearn 1 --output several",
-                   folder)
-    rows = [line for line in said.splitlines() if line.split(" ")[0] in models]
-    assert [row.split()[0] for row in rows] == models and "u-FID grew" not in said
-    assert said.count("sampling from") == 4  # the parent once
-    reports = [report_of(folder / "several" / name) for name in ("mnist-forget-1", "two", "g1")]
-    for report, row, names in zip(reports, rows, ("1", "17", "3")):
-        assert report["forgotten"] == list(names) and f"-> {report['after']['u_fid']:.2f}" in row
-    g1 = reports[2]  # gamma 1 changed nothing
-    assert g1["drift"] == 0 and len(g1["relearning"]["shares"]) == 2
-    assert {**g1["before"], "checkpoint": "g1.pt"} == g1["after"]
+def test_several_models_are_rows_of_one_table(folder):
+    models = [FORGOT, "two.pt", "g1.pt"]
+
+    said = command(f"evaluate.py --after {' '.join(models)} {DRAW} --output several", folder)
+
+    rows = [line.split()[0] for line in said.splitlines() if line.startswith(tuple(models))]
+    assert rows == models
+    assert said.count(f"sampling from {folder / TRAINED}\n") == 1
+    g1 = report_of(folder / "several/g1")
+    assert g1["before"] | {"checkpoint": "g1.pt"} == g1["after"]  # gamma 1 changed nothing
 
 
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    """Trained on two classes of images: blue, and red, whose name no terminal shows."""
-    cwd = tmp_path_factory.mktemp("colours")
-    for part, n in (("train", 40), ("test", 10)):
-        for channel, name in ((0, "\u7ea2"), (2, "blue")):
-            (cwd / "images" / part / name).mkdir(parents=True)
-            for i in range(n):
-                image = torch.rand(3, 20, 24) / 10
-                image[channel] += 0.3 + 0.6 * i / n
-                save_image(image, cwd / "images" / part / name / f"{i}.png")
-    (cwd / "reds").symlink_to(cwd / "images/train/\u7ea2")
-    said = command(COLOURS, cwd, encoding="cp1252")
-    assert r"80 images of 3x8x8 (folder) in 2 classes (blue, \u7ea2), small U-Net" in said
-    return cwd
-
-
-def test_interrupted_training_resumes_to_the_same_result(colours, monkeypatch):
+def test_interrupted_training_resumes_to_the_same_result(folder, monkeypatch):
     """Twice: before the posterior begins, and when it holds two checkpoints."""
-    for calls, step, line in ((7, 7, COLOURS), (35, 42, "train_ddpm.py --resume --lr 5 --seed 1")):
-        ctrl_c(monkeypatch, ddpm, "training_step", calls)
-        said = command(f"{line} --output stopped.pt", colours, 130)
-        assert f"saved step {step} of 44" in said and load(colours / "stopped.pt")["step"] == step
-        refused(f"{COLOURS} --output stopped.pt", colours, "--resume", "--overwrite")
-    assert re.search(r"with the settings in stopped.pt, not with --lr 5(.0)? --seed 1\n", said)
-    (colours / "stopped.pt").rename(colours / "moved.pt")  # it goes on where it lies now
-    assert "not with" not in command("train_ddpm.py --resume --output moved.pt", colours)
-    assert not (colours / "stopped.pt").exists()
-    whole, resumed = load(colours / "checkpoints/images.pt"), load(colours / "moved.pt")
-    assert same(whole["weights"], resumed["weights"]) and whole["losses"] == resumed["losses"]
+    ctrl_c(monkeypatch, train_ddpm, "training_step", 7, 31)
+
+    said = command(f"{TRAIN} --output stopped.pt", folder, 130)
+    again = command("train_ddpm.py --resume --lr 5 --output stopped.pt", folder, 130)
+    (folder / "stopped.pt").rename(folder / "moved.pt")  # it goes on where it lies now
+    command("train_ddpm.py --resume --seed 1 --output moved.pt", folder)
+
+    whole = read_file(folder / TRAINED)
+    resumed = read_file(folder / "moved.pt")
+    assert "saved step 7 of 32" in said
+    assert "saved step 31 of 32" in again
+    assert same(whole["weights"], resumed["weights"])
     assert same(whole["posterior"]["std"], resumed["posterior"]["std"])
-    assert "train" not in resumed and (colours / "moved.png").exists()
+    assert whole["losses"] == resumed["losses"]
+    assert "train" not in resumed
+    assert not (folder / "stopped.pt").exists()
 
 
-def test_a_folder_of_images_from_training_to_the_report(colours):
-    trained = ddpm.load_checkpoint(colours / "checkpoints/images.pt")
-    assert trained.data["classes"] == ["blue", "\u7ea2"] and trained.data["images"] == 80
-    # the other classes may be gone, as they are where this method is needed
-    (colours / "left/train").mkdir(parents=True)
-    (colours / "left/train/\u7ea2").symlink_to(colours / "reds")
-    for option in ("--forget-class \u7ea2 --data-root left", "--forget-images reds"):
-        command(f"vdu.py --checkpoint checkpoints/images.pt {option} {FEW}", colours)
-    a, b = (past(colours / f"checkpoints/images-forget-{name}.pt") for name in ("\u7ea2", "reds"))
-    assert (a["classes"], a["images"], a["rho"]) == (["\u7ea2"], 40, 0.5)  # counted in training
-    assert (b["classes"], b["images"], b["rho"]) == ([], 40, 0.1)
-    refused(f"evaluate.py {DRAW}", colours, "--forget-class")  # the newest was told no class
-    command(f"evaluate.py --forget-class Blue {DRAW}", colours)
-    report = report_of(colours / "results/images-forget-reds")
-    assert report["forgotten"] == ["blue"] and report["classifier_accuracy"] == 1
+def test_of_images_without_a_class_one_has_to_be_named_to_be_counted(folder):
+    command(f"{VDU} --forget-images images/{RED} {FEW} --output reds.pt", folder)
+    refused(f"evaluate.py --after reds.pt {DRAW}", folder, "--forget-class")
+    command(f"evaluate.py --after reds.pt --forget-class Blue {DRAW}", folder)
+
+    record = ddpm.load_checkpoint(folder / "reds.pt").forgotten
+    assert record["classes"] == []
+    assert record["rho"] == 0.1
+    assert report_of(folder / "results/reds")["forgotten"] == ["blue"]
 
 
-def test_cifar10_as_it_is_published(tmp_path, monkeypatch):
-    """Ten images to a file. And weights of it as diffusers publishes them."""
-    folder, names = tmp_path / "my data/cifar-10-batches-py", ddpm.CIFAR10_CLASSES
+@fixture
+def cifar10(tmp_path, monkeypatch):
+    """The images in a file of it: ten, in six files as they are published."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *checksum: True)
+    folder = tmp_path / "my data/cifar-10-batches-py"
     folder.mkdir(parents=True)
     pixels = torch.randint(256, (10, 3072), dtype=torch.uint8)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *checksum: True)
     batch = {"data": pixels.numpy(), "labels": list(range(10))}
-    files = {"batches.meta": {"label_names": names}, "test_batch": batch}
-    for name, contents in (files | {f"data_batch_{i}": batch for i in range(1, 6)}).items():
+    files = {f"data_batch_{i}": batch for i in range(1, 6)}
+    files["test_batch"] = batch
+    files["batches.meta"] = {"label_names": ddpm.CIFAR10_CLASSES}
+    for name, contents in files.items():
         (folder / name).write_bytes(pickle.dumps(contents))
-    read = lambda **how: train_ddpm.load_dataset("cifar10", folder.parent, **how)
-    images, labels, data = read()
-    assert data["classes"] == names and labels.tolist() == [*range(10)] * 5
-    assert torch.equal(images, pixels.view(10, 3, 32, 32).repeat(5, 1, 1, 1))
-    assert len(read(train=False)[0]) == 10 and torch.equal(read(only=["horse"])[0], images[7::10])
-    parent = tmp_path / "diffusion_pytorch_model.bin"
-    torch.save(load(ROOT / "tests/data/ddpm_reference.pt")["diffusers"]["state_dict"], parent)
-    said = command(f"vdu.py --checkpoint {parent.name} --forget-class horse --data-root 'my data' "
-                   f"{FEW}", tmp_path)
-    output = "checkpoints/diffusion_pytorch_model-forget-horse.pt"
-    assert "sigma* is guessed" in said and past(tmp_path / output)["images"] == 5
+    return pixels.view(10, 3, 32, 32)
+
+
+def test_cifar10_is_read_as_it_is_published(cifar10, tmp_path):
+    images, labels, data = load_dataset("cifar10", tmp_path / "my data")
+    test_images, _, _ = load_dataset("cifar10", tmp_path / "my data", train=False)
+    horses, _, _ = load_dataset("cifar10", tmp_path / "my data", only=["horse"])
+
+    assert data["classes"] == ddpm.CIFAR10_CLASSES
+    assert labels.tolist() == [*range(10)] * 5
+    assert torch.equal(images, cifar10.repeat(5, 1, 1, 1))
+    assert torch.equal(test_images, cifar10)
+    assert torch.equal(horses, images[7::10])
+
+
+def test_published_weights_forget_a_class_and_are_found_again(cifar10, tmp_path, monkeypatch):
+    write(tmp_path / "ddpm", config=CONFIG | {"sample_size": 32})
+    monkeypatch.setattr(ddpm.Diffusion, "sample", lambda self, net, n, *args, **more: (
+        cifar10[:n] / 255))  # to draw takes long
+
+    said = command(f"vdu.py --checkpoint ddpm --forget-class horse --data-root 'my data' {FEW}",
+                   tmp_path)
+
+    output = "checkpoints/ddpm-forget-horse.pt"
+    after = ddpm.load_checkpoint(tmp_path / output)
     assert f"evaluate.py --after {output} --data-root 'my data'\n" in said
-    assert evaluate.parent_of(ddpm.load_checkpoint(tmp_path / output), "cpu").path == str(parent)
+    assert after.forgotten["images"] == 5
+    assert evaluate.parent_of(after, "cpu").path == str(tmp_path / "ddpm")
 
 
-def test_tiny_imagenet_as_it_is_published(tmp_path):
-    """A class is a shade of grey; the val part may be sorted into class folders."""
-    folder, shades = tmp_path / "tiny-imagenet-200", {"n01": 1, "n03": 3, "n02": 2}
-    words = {"n01": "goldfish, Carassius auratus", "n02": "salamander", "n03": "Egyptian cat"}
-    for i, wnid in enumerate(shades):
+@fixture
+def tiny_imagenet(tmp_path):
+    """As it is published; a class is a shade of grey."""
+    folder = tmp_path / "tiny-imagenet-200"
+    words = {"n01": "goldfish, Carassius auratus", "n03": "Egyptian cat", "n02": "salamander"}
+    annotations = ""
+    for i, wnid in enumerate(words):
+        image = torch.full((3, 64, 64), i / 4)
         for name in (f"train/{wnid}/images/0", f"train/{wnid}/images/1", f"val/images/{2 - i}"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            save_image(torch.full((3, 64, 64), shades[wnid] / 4), folder / f"{name}.JPEG")
+            save_image(image, folder / f"{name}.JPEG")
         (folder / f"train/{wnid}/{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t9\t6\t5\n")
-    (folder / "wnids.txt").write_text("\n".join(shades))
-    (folder / "words.txt").write_text("\n".join(map("\t".join, words.items())))
-    (folder / "val/val_annotations.txt").write_text(
-        "".join(f"{2 - i}.JPEG\t{wnid}\t0\t32\t44\t62\n" for i, wnid in enumerate(shades)))
-
-    def read(**how):  # (shades, labels, classes)
-        images, labels, data = train_ddpm.load_dataset("tiny-imagenet", tmp_path, **how)
-        return images[:, 0, 0, 0].div(255 / 4).round().tolist(), labels.tolist(), data["classes"]
-
-    classes = [*words.values()]
-    assert read() == ([1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 2, 2], classes)
-    assert read(only=["salamander"]) == ([2, 2], [1, 1], classes)
-    assert read(train=False) == ([1, 3, 2], [0, 2, 1], classes)
-    for i, wnid in enumerate(shades):
-        (folder / "val" / wnid).mkdir()
-        (folder / f"val/images/{2 - i}.JPEG").rename(folder / "val" / wnid / "x.JPEG")
-    (folder / "val/val_annotations.txt").unlink()
-    assert read(train=False) == ([1, 2, 3], [0, 1, 2], classes)
+        annotations += f"{2 - i}.JPEG\t{wnid}\t0\t32\t44\t62\n"
+    rows = [f"{wnid}\t{name}\n" for wnid, name in words.items()]
+    (folder / "val/val_annotations.txt").write_text(annotations)
+    (folder / "wnids.txt").write_text("\n".join(words))
+    (folder / "words.txt").write_text("".join(rows))
+    return folder
 
 
-def test_the_base_network_is_ddpms_and_help_teaches():
+def shades_and_labels(folder, train):
+    """What load_dataset reads: shades in quarters of white."""
+    images, labels, _ = load_dataset("tiny-imagenet", folder.parent, train)
+    shades = images[:, 0, 0, 0] / 255 * 4
+    return shades.round().tolist(), labels.tolist()
+
+
+def test_tiny_imagenet_is_read_as_it_is_published(tiny_imagenet):
+    _, _, data = load_dataset("tiny-imagenet", tiny_imagenet.parent)
+
+    assert data["classes"] == ["goldfish, Carassius auratus", "salamander", "Egyptian cat"]
+    assert shades_and_labels(tiny_imagenet, True) == ([0, 0, 2, 2, 1, 1], [0, 0, 1, 1, 2, 2])
+    assert shades_and_labels(tiny_imagenet, False) == ([0, 1, 2], [0, 2, 1])
+
+
+def test_tiny_imagenets_test_part_may_be_sorted_into_folders(tiny_imagenet):
+    val = tiny_imagenet / "val"
+    (val / "val_annotations.txt").unlink()
+    for i, wnid in enumerate(["n01", "n03", "n02"]):
+        (val / wnid).mkdir()
+        (val / f"images/{2 - i}.JPEG").rename(val / wnid / "x.JPEG")
+
+    assert shades_and_labels(tiny_imagenet, False) == ([0, 2, 1], [0, 1, 2])
+
+
+def test_the_base_network_is_ddpms_where_shapes_do_not_tell():
+    arguments, _ = train_ddpm.base((3, 32, 32))
     with torch.device("meta"):
-        base = ddpm.UNet(**train_ddpm.base((3, 32, 32))[0])
-    assert sum(p.numel() for p in base.parameters()) == 35_746_307  # as the published one has
-    norms = [m for m in base.modules() if isinstance(m, torch.nn.GroupNorm)]
-    assert {m.num_groups for m in norms} == {32}
-    assert base.input_blocks[4][1].num_heads == 1 and base.input_blocks[4][0].out_layers[2].p == 0.1
-    for module in (train_ddpm, vdu, evaluate, sd_unlearn):
-        assert module.__doc__.strip() in command(f"{module.__name__}.py --help", ROOT)
+        block, attention = ddpm.UNet(**arguments).input_blocks[4]
+
+    assert attention.num_heads == 1
+    assert attention.norm.num_groups == 32
+    assert block.out_layers[2].p == 0.1
+
+
+@mark.parametrize("name", ["train_ddpm", "vdu", "evaluate", "sd_unlearn"])
+def test_help_teaches(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+
+    with raises(SystemExit):
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+
+    module = importlib.import_module(name)
+    assert module.__doc__.strip() in capsys.readouterr().out

@@ -1,78 +1,134 @@
-"""The metrics against closed forms and simulations; the report on known models."""
+"""The metrics against closed forms; the classifier; the report on known models."""
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
+from pytest import approx, fail, fixture, mark, raises
 
 import evaluate
 from ddpm import UserError
-from evaluate import (Judge, Look, against_retraining, compare, drift, frechet_distance,
-                      get_classifier, percentage_of_unlearning, print_table, relearning, worst_kept)
+from evaluate import (against_retraining, drift, frechet_distance, percentage_of_unlearning,
+                      warnings_of, worst_kept)
 from train_ddpm import to_float, to_uint8
 
-
-def test_frechet_distance_is_its_closed_form():
-    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)).double()
-    x = x - x.mean(0)
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # of covariance I, exactly
-    assert frechet_distance(x, x + 2) == pytest.approx(6 * 4, rel=1e-9)  # the means' distance
-    s, r = torch.tensor([[1, 2, 3, 0.5, 1, 4], [2, 2, 1, 0.1, 3, 4]]).double()
-    expected = 6 + (s - r).square().sum().item()  # of covariances that commute
-    assert frechet_distance(x * s, x * r + 1) == pytest.approx(expected, rel=1e-9)
-    a, b = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0)).double()
-    root = torch.linalg.eigvals(a @ a.T @ b @ b.T).real.clamp(min=0).sqrt().sum()
-    expected = (a.square().sum() + b.square().sum() - 2 * root).item()  # of those that do not
-    assert frechet_distance(x @ a.T, x @ b.T) == pytest.approx(expected, rel=1e-8)
+parametrize = mark.parametrize
+NAN = approx(math.nan, nan_ok=True)
 
 
-def test_frechet_distance_of_singular_covariances():
-    """tr (C_a^1/2 C_b C_a^1/2)^1/2 is the nuclear norm of X_a X_b^T, of centred points;
-    of fewer points than dimensions, eigenvalues are 0, and by rounding below it."""
-    a, b = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).double() for n in (9, 8))
-    x, y = ((p - p.mean(0)) / math.sqrt(len(p) - 1) for p in (a, b))
-    expected = ((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum()
-                - 2 * torch.linalg.svdvals(x @ y.T).sum())
-    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
-    flat, step = torch.randn(50, 20) * (torch.arange(20) < 10), 3 * (torch.arange(20) == 0)
-    assert frechet_distance(flat, flat + step) == pytest.approx(9, rel=1e-4)
+def normal(n, d, seed):
+    """Unit noise, (n, d)."""
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def test_pul_drift_and_the_worst_kept_class_by_hand():
-    assert [percentage_of_unlearning(200, n) for n in (0, 50, 200, 300)] == [100, 75, 0, -50]
-    assert math.isnan(percentage_of_unlearning(0, 3))
-    before, after = [10, 50, 30, 20], [0, 50, 15, 35]  # of 100 retained, 15 went from 2 to 3
-    assert drift(before, after, [0]) == pytest.approx(0.15)
-    assert drift(before, before, [0]) == 0 and drift([5, 10, 0], [5, 0, 10], [0]) == 1
-    assert worst_kept(before, after, [0]) == (2, 0.5)
-    assert worst_kept([3, 0, 4], [0, 9, 4], [0]) == (2, 1.0)  # what was not drawn cannot be lost
-    assert worst_kept([3, 0], [0, 9], [0])[0] is None
+def test_the_frechet_distance_is_a_nuclear_norm_where_points_are_few():
+    """tr (C_a^1/2 C_b C_a^1/2)^1/2 is that of X_a X_b^T, of centred points. Of fewer
+    points than dimensions, eigenvalues are 0, and by rounding below it."""
+    a = normal(9, 64, seed=1).double()
+    b = normal(8, 64, seed=2).double()
+    x = (a - a.mean(0)) / math.sqrt(8)
+    y = (b - b.mean(0)) / math.sqrt(7)
+
+    of_means = (a.mean(0) - b.mean(0)).square().sum()
+    of_product = torch.linalg.svdvals(x @ y.T).sum()
+    expected = of_means + x.square().sum() + y.square().sum() - 2 * of_product
+
+    assert frechet_distance(a, b) == approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_classifier_learns_once_and_is_tested_on_the_unseen(tmp_path, monkeypatch, channels):
+@parametrize("before, after, pul", [(200, 50, 75), (200, 300, -50), (0, 3, NAN)])
+def test_pul_is_the_share_that_is_gone(before, after, pul):
+    assert percentage_of_unlearning(before, after) == pul
+
+
+@parametrize("before, after, expected", [
+    ([10, 50, 30, 20], [0, 50, 15, 35], 0.15),  # of 100 retained, 15 went from 2 to 3
+    ([5, 10, 10], [5, 0, 0], 0.5),
+])
+def test_drift_is_the_share_that_went_elsewhere(before, after, expected):
+    assert drift(before, after, [0]) == approx(expected)
+
+
+@parametrize("before, after, expected", [
+    ([10, 50, 30, 20], [0, 50, 15, 35], (2, 0.5)),
+    ([3, 0, 4], [0, 9, 4], (2, 1)),  # what was not drawn cannot be lost
+    ([3, 0], [0, 9], (None, NAN)),
+])
+def test_the_worst_kept_class_lost_most(before, after, expected):
+    assert worst_kept(before, after, [0]) == expected
+
+
+# --- the classifier, of images that are dark or light ---------------------------------
+
+LABELS = torch.arange(60) // 30
+SHADES = (150 * LABELS + torch.arange(60)).byte().view(60, 1, 1, 1).expand(60, 1, 8, 8)
+
+
+@fixture
+def learn(tmp_path, monkeypatch):
+    """get_classifier, which notes in learn.seen the images of each training."""
+    train_classifier = evaluate.train_classifier
+    seen = []
+
+    def train(classifier, images, *args):
+        seen.append(images)
+        train_classifier(classifier, images, *args, epochs=20)
+
+    def learn(images, labels, *test):
+        data = {"name": "stub", "classes": range(1 + max(labels))}
+        model = SimpleNamespace(data=data)
+        return evaluate.get_classifier(
+            model, (images, labels), test or (None, None), torch.device("cpu"))
+
+    learn.seen = seen
     monkeypatch.chdir(tmp_path)
-    model, seen = SimpleNamespace(data={"name": "stub", "classes": ["dark", "light"]}), []
-    labels, i, train = torch.arange(60) // 30, torch.arange(60), evaluate.train_classifier
-    images = (150 * labels.view(-1, 1, 1, 1) + torch.randint(50, (60, channels, 8, 8))).byte()
-    monkeypatch.setattr(evaluate, "train_classifier", lambda *a: (seen.append(a[1]), train(*a)))
-    made, again = (get_classifier(model, images, labels, None, None, "cpu") for _ in range(2))
-    assert len(seen) == 1 and torch.equal(seen[0], images[i % 5 != 1])  # sorted by class
-    assert made[1] == again[1] == [1, 1] and not again[0].training
-    assert torch.equal(again[0](to_float(images)), made[0](to_float(images)))
-    swapped = get_classifier(model, images, 1 - labels, images, labels, "cpu")[1]  # a test part
-    assert swapped == [0, 0] and len(seen[1]) == 60
-    model.data["classes"].append("one")  # a class of one image is learned, and not tested
-    few = torch.cat([labels[:-1], torch.tensor([2])])
-    accuracies = get_classifier(model, images, few, None, None, "cpu")[1]
-    assert accuracies[:2] == [1, 1] and math.isnan(accuracies[2]) and len(seen[2]) == 48
-    with pytest.raises(UserError, match="at least 8 images to learn from, not 5"):
-        get_classifier(model, images[:7], labels[:7], None, None, "cpu")
+    monkeypatch.setattr(evaluate, "train_classifier", train)
+    return learn
 
 
-# --- the report, on models that are known: clouds of a, b and c in images of 2 pixels
+@parametrize("channels", [1, 3])
+def test_a_classifier_learns_once(learn, channels):
+    images = SHADES.repeat(1, channels, 1, 1)
+
+    made, accuracies = learn(images, LABELS)
+    again, same_accuracies = learn(images, LABELS)
+
+    assert len(learn.seen) == 1
+    assert accuracies == same_accuracies == [1, 1]
+    assert torch.equal(again(to_float(images)), made(to_float(images)))
+
+
+def test_without_a_test_part_a_fifth_of_each_class_is_held_out(learn):
+    learn(SHADES, LABELS)
+
+    assert torch.equal(learn.seen[0], SHADES[torch.arange(60) % 5 != 1])
+
+
+def test_a_test_part_is_what_is_tested(learn):
+    _, accuracies = learn(SHADES, LABELS, SHADES, 1 - LABELS)
+
+    assert torch.equal(learn.seen[0], SHADES)
+    assert accuracies == [0, 0]
+
+
+def test_the_only_image_of_a_class_is_learned_and_not_tested(learn):
+    labels = LABELS.clone()
+    labels[59] = 2
+
+    _, accuracies = learn(SHADES, labels)
+
+    assert len(learn.seen[0]) == 48
+    assert accuracies == approx([1, 1, math.nan], nan_ok=True)
+
+
+def test_too_few_images_are_refused(learn):
+    with raises(UserError, match="at least 8 images to learn from, not 5"):
+        learn(SHADES[:7], LABELS[:7])
+
+
+# --- the report, on models that are known: clouds of b, a and c in images of 2 pixels
 
 CENTRES = torch.tensor([[-0.8, -0.8], [0.8, 0.0], [0.0, 0.8]])
 
@@ -80,40 +136,8 @@ CENTRES = torch.tensor([[-0.8, -0.8], [0.8, 0.0], [0.0, 0.8]])
 def clouds(counts, seed):
     """Images (N, 1, 1, 2) uint8 and labels (N,): so many of each class."""
     labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
-    noise = torch.randn(len(labels), 2, generator=torch.Generator().manual_seed(seed))
-    return to_uint8(CENTRES[labels] + 0.05 * noise).view(-1, 1, 1, 2), labels
-
-
-def stub(path, counts, number, log):
-    """A checkpoint whose samples are such images, and whose bound is `number`."""
-    def sample(unet, n, shape, steps, eta, seed, progress=False, series=""):
-        log.append((n, shape, steps, eta, seed, series))
-        return to_float(images[:n])
-
-    def bound(unet, x0, steps):
-        log.append(to_uint8(x0).flatten(1).tolist())
-        return {"total": torch.full((len(x0),), float(number))}
-
-    images = clouds(counts, number)[0]
-    return SimpleNamespace(
-        path=path, config={"image_shape": (1, 1, 2)}, unet=torch.nn.Linear(1, 1), images=images,
-        data={"classes": ["b", "a", "c"], "excluded": []}, forgotten={"classes": ["a"]},
-        diffusion=SimpleNamespace(sample=sample, variational_bound=bound))
-
-
-@pytest.fixture
-def known(monkeypatch):
-    """Models before and after, arguments, a log of what the models are asked; and what
-    is real: the images to learn from (True) and to test on (False)."""
-    log, real = [], {True: clouds([60, 60, 60], 10), False: clouds([7, 7, 7], 11)}
-    classifier = SimpleNamespace(body=torch.nn.Flatten(), head=lambda x: 20 * x @ CENTRES.T)
-    monkeypatch.setattr(evaluate, "load_data_of", lambda model, root, train=True: real[train])
-    monkeypatch.setattr(evaluate, "get_classifier", lambda *args: (classifier, [0.9, 0.97, 0.92]))
-    before, after = (stub(f"{name}.pt", counts, i, log) for i, (name, counts) in enumerate(
-        {"before": [30, 50, 20], "after": [75, 10, 15]}.items()))
-    args = SimpleNamespace(samples=100, sampling_steps=7, seed=3, bits=5, relearn=4)
-    return SimpleNamespace(before=before, after=after, args=args, log=log, real=real,
-                           classifier=classifier)
+    points = CENTRES[labels] + 0.05 * normal(len(labels), 2, seed)
+    return to_uint8(points).view(-1, 1, 1, 2), labels
 
 
 def flat(images):
@@ -121,127 +145,196 @@ def flat(images):
     return to_float(images).flatten(1)
 
 
-def test_the_report_by_hand(known, capsys):
-    judge, (images, labels) = Judge(known.before, "cpu", None), known.real[True]
+class Known:
+    """A checkpoint whose samples are clouds, and whose bound is `number`. It keeps what
+    it is asked: noise and images."""
 
-    report, samples = compare(judge, known.after, ["a"], known.args)
+    def __init__(self, number, counts, excluded=()):
+        self.path = f"{number}.pt"
+        self.number = number
+        self.config = {"image_shape": (1, 1, 2)}
+        self.data = {"classes": ["b", "a", "c"], "excluded": list(excluded)}
+        self.forgotten = None
+        self.unet = torch.nn.Linear(1, 1)
+        self.diffusion = self
+        self.images, _ = clouds(counts, number)
+        self.noise = []
+        self.bounded = []
 
-    assert report["PUL"] == 80 and report["before"]["counts"] == {"b": 30, "a": 50, "c": 20}
-    assert report["worst_kept"] == {"class": "c", "share_left": 0.75} and not report["warnings"]
-    assert report["drift"] == pytest.approx(75 / 90 - 30 / 50)
+    def sample(self, unet, n, shape, steps, eta, seed, progress=False, series=""):
+        self.noise.append((n, shape, steps, eta, seed, series))
+        return to_float(self.images[:n])
+
+    def variational_bound(self, unet, x0, steps):
+        self.bounded.append(to_uint8(x0).tolist())
+        return {"total": torch.full((len(x0),), float(self.number))}
+
+
+@fixture
+def known(tmp_path, monkeypatch):
+    """Models by name; what is real: images to learn from (True) and to test on (False);
+    and the batches of relearning."""
+    models = {
+        "before": Known(0, [30, 50, 20]),
+        "after": Known(1, [75, 10, 15]),
+        "r": Known(2, [60, 4, 36], excluded="a"),
+        "q": Known(3, [50, 6, 44], excluded="a")}
+    real = {True: clouds([60, 200, 60], 10), False: clouds([7, 7, 7], 11)}
+    batches = []
+    classifier = SimpleNamespace(body=torch.nn.Flatten(), head=lambda x: 20 * x @ CENTRES.T)
+    for name, function in {
+        "load_checkpoint": lambda path, device: models[path],
+        "load_data_of": lambda model, root, train=True: real[train],
+        "get_classifier": lambda *args: (classifier, [0.9, 0.97, 0.92]),
+        "training_step": lambda *args: batches.append(to_uint8(args[-1]).tolist()),
+    }.items():
+        monkeypatch.setattr(evaluate, name, function)
+    monkeypatch.chdir(tmp_path)
+    return SimpleNamespace(real=real, batches=batches, **models)
+
+
+def report(more=""):
+    """What evaluate.py writes about the known models."""
+    line = ("--before before --after after --forget-class a --samples 100 --sampling-steps 7 "
+            f"--seed 3 --bits 5 --device cpu {more}")
+    evaluate.main(evaluate.parser().parse_args(line.split()))
+    text = Path("results/after/report.json").read_text()
+    return json.loads(text, parse_constant=fail)
+
+
+def test_the_report_counts_by_hand(known):
+    made = report()
+
+    assert made["before"]["counts"] == {"b": 30, "a": 50, "c": 20}
+    assert made["PUL"] == 80
+    assert made["worst_kept"] == {"class": "c", "share_left": 0.75}
+    assert made["drift"] == approx(75 / 90 - 30 / 50)
+    assert made["warnings"] == []
+
+
+def test_u_fid_is_the_distance_to_the_retained_images(known):
+    images, labels = known.real[True]
     real = flat(images[labels != 1])
-    for number, (when, drawn) in enumerate(samples.items()):
-        side, model = report[when], getattr(known, when)
-        assert torch.equal(drawn, model.images) and side["checkpoint"] == f"{when}.pt"
-        assert side["u_fid"] == pytest.approx(frechet_distance(flat(drawn), real), rel=1e-4)
-        assert side["u_fid_of_a_point"] == pytest.approx(torch.cov(real.T).trace().item())
-        assert side["bits_forgotten"] == side["bits_retained"] == number
-    # perfect deletion: the samples before, less those of the class
-    deleted = flat(torch.cat([known.before.images[:30], known.before.images[80:]]))
-    assert report["before"]["u_fid_of_perfect_deletion"] == pytest.approx(
-        frechet_distance(deleted, real), rel=1e-4)
-    print_table([report])
-    said = capsys.readouterr().out
-    assert "50 -> 10" in said and "80.0%" in said and "c, 75%" in said and "WARNING" not in said
-    assert "93.0% in the mean over classes, on 97.0% of the forgotten; N = 100" in said
+    drawn = flat(known.before.images)
+    rest = torch.cat([drawn[:30], drawn[80:]])  # less those of the class
+
+    before = report()["before"]
+
+    assert before["u_fid"] == approx(frechet_distance(drawn, real), rel=1e-4)
+    assert before["u_fid_of_perfect_deletion"] == approx(frechet_distance(rest, real), rel=1e-4)
+    assert before["u_fid_of_a_point"] == approx(torch.cov(real.T).trace().item())
 
 
-def test_bits_are_of_the_test_part_and_all_models_draw_the_same_noise(known):
-    judge = Judge(known.before, "cpu", None)
-    compare(judge, known.after, ["a"], known.args)
-    other, _ = compare(judge, known.after, ["c"], known.args)
+def test_bits_are_of_the_same_few_test_images_for_both_models(known):
+    images, labels = known.real[False]
 
-    (images, labels), bounded = known.real[False], [x for x in known.log if isinstance(x, list)]
-    assert bounded[:2] == bounded[2:4] and [len(x) for x in bounded[:4]] == [5] * 4
-    for x, of_kind in zip(bounded, (labels == 1, labels != 1)):
-        assert all(image in images[of_kind].flatten(1).tolist() for image in x)
-    drawn = [x for x in known.log if isinstance(x, tuple)]  # the parent once
-    assert other["PUL"] == 25 and drawn == [(100, (1, 1, 2), 7, 1.0, 3, "")] * 3
+    made = report()
+
+    assert made["before"]["bits_forgotten"] == 0
+    assert made["after"]["bits_forgotten"] == made["after"]["bits_retained"] == 1
+    assert known.before.bounded == known.after.bounded
+    gone, rest = known.before.bounded
+    assert len(gone) == 5
+    assert is_among(gone, images[labels == 1])
+    assert is_among(rest, images[labels != 1])
 
 
-def test_the_distance_to_two_retrained_models_by_hand(known, capsys):
-    judge = Judge(known.before, "cpu", None)
-    others = [stub(f"without-{i}.pt", counts, 2 + i, known.log)
-              for i, counts in enumerate(([60, 4, 36], [50, 6, 44]))]
+def is_among(some, images):
+    """Whether each of some images, as lists, is one of these."""
+    images = images.tolist()
+    return all(image in images for image in some)
 
-    report, _ = compare(judge, known.after, ["a"], known.args, others)
 
-    target, (r, q) = report["retrained"], others
-    assert target["PUL"] == [92, 88] and target["checkpoints"] == ["without-0.pt", "without-1.pt"]
+def test_noise_is_shared_by_before_and_after_alone(known):
+    report("--retrained r q")
+
+    shared = (100, (1, 1, 2), 7, 1.0, 3)
+    assert known.before.noise == known.after.noise == [(*shared, "")]
+    assert known.r.noise == [(*shared, "retrained 0")]
+    assert known.q.noise == [(*shared, "retrained 1")]
+
+
+@parametrize("part, bits", [(clouds([7, 0, 7], 2), None), ((None, None), 0)])
+def test_bits_of_no_image_are_null_and_without_a_test_part_of_training_images(known, part, bits):
+    known.real[False] = part
+
+    before = report()["before"]
+
+    assert before["bits_forgotten"] == bits
+    assert before["bits_retained"] == 0
+
+
+@parametrize("words", [
+    "50 -> 10", "80.0%", "c, 75%", "0.00 -> 1.00", "PUL 92.0%", "the floor is missing",
+    "total_variation: 0.210, before 0.460, floor nan",
+    "93.0% in the mean over classes, on 97.0% of the forgotten; N = 100"])
+def test_the_table_shows_the_report(known, capsys, words):
+    report("--retrained r")
+
+    assert words in capsys.readouterr().out
+
+
+def test_a_pul_of_few_samples_is_not_shown(known, capsys):
+    report("--forget-class c --samples 90")
+
+    assert "10 -> 5         too few" in capsys.readouterr().out
+
+
+def test_the_distance_to_two_retrained_models_by_hand(known):
+    found = report("--retrained r q")["retrained"]
+
     # shares of all: before .3 .5 .2, after .75 .1 .15, retrained .6 .04 .36, .5 .06 .44
-    expected = {"after": (0.21 + 0.29) / 2, "before": (0.46 + 0.44) / 2, "floor": 0.1}
-    expected["left"] = (0.25 - 0.1) / (0.45 - 0.1)
-    assert target["total_variation"] == pytest.approx(expected)
-    x, y, z = (flat(model.images) for model in (known.after, r, q))
-    frechet = target["frechet"]
-    assert frechet["floor"] == pytest.approx(frechet_distance(y, z), rel=1e-4)
-    assert frechet["after"] == pytest.approx(
-        (frechet_distance(x, y) + frechet_distance(x, z)) / 2, rel=1e-4)
-    assert target["drift"] == pytest.approx(60 / 96 - 50 / 94)
-    assert target["worst_kept"][1] == pytest.approx(36 / 44)
-    series = [x[5] for x in known.log if isinstance(x, tuple)]
-    assert series == ["", "", "retrained 0", "retrained 1"]  # no noise is shared
-    print_table([report])
-    assert "total_variation: 0.250, before 0.450, floor 0.100; left 0.43" in capsys.readouterr().out
+    left = (0.25 - 0.1) / (0.45 - 0.1)
+    assert found["total_variation"] == approx(
+        {"after": 0.25, "before": 0.45, "floor": 0.1, "left": left})
+    assert found["PUL"] == [92, 88]
+    assert found["drift"] == approx(60 / 96 - 50 / 94)
+    assert found["worst_kept"] == approx(36 / 44)
 
 
-def test_a_retrained_model_is_at_0_and_an_untouched_one_at_1():
-    generator = torch.Generator().manual_seed(0)
+def test_an_untouched_model_is_at_1_and_a_retrained_one_at_0():
+    before = {"features": 1 + normal(2000, 8, seed=0), "counts": [5, 5]}
+    noise = normal(3, 2000 * 8, seed=1).view(3, 2000, 8)
+    after, *retrained = [{"features": features, "counts": [1, 9]} for features in noise]
 
-    def look(mean, counts):
-        features = torch.randn(2000, 8, generator=generator) + mean
-        return Look(None, features, None, counts, 1.0)
+    untouched = against_retraining(before, before, retrained, [0])
+    found = against_retraining(before, after, retrained, [0])
 
-    before, after, r, q = look(1, [5, 5]), look(0, [1, 9]), look(0, [1, 9]), look(0, [1, 9])
-    for model, left in ((before, 1), (after, 0)):
-        found = against_retraining(before, model, (r, q), [0])
-        assert found["frechet"]["left"] == pytest.approx(left, abs=0.02)
-        assert found["total_variation"]["left"] == pytest.approx(left, abs=0.02)
-    alone = against_retraining(before, after, (r,), [0])
-    assert math.isnan(alone["frechet"]["floor"]) and math.isnan(alone["drift"])
+    for name in ("frechet", "total_variation"):
+        assert untouched[name]["left"] == 1
+        assert found[name]["left"] == approx(0, abs=0.01)
 
 
-def test_what_makes_counts_worthless_is_told(known, capsys, monkeypatch):
-    """A model that draws nothing known, after or before; a poor classifier; too few."""
-    known.after.diffusion.sample = lambda *args, **kwargs: torch.zeros(100, 1, 1, 2)
-    before = stub("before.pt", [49, 2, 49], 0, known.log)
-    print_table([compare(Judge(before, "cpu", None), known.after, ["a"], known.args)[0]])
-    said = capsys.readouterr().out
-    assert "WARNING: u-FID grew" in said and "too few" in said and "2 before are too few" in said
+@parametrize("u_fid, after, accuracy, count, said", [
+    (1, 10, 0.9, 20, "u-FID grew"),
+    (2, 2, 0.9, 20, "before draws nothing like the images"),
+    (1, 2, 0.45, 20, "45%"),
+    (1, 2, 0.9, 2, "2 before are too few"),
+])
+def test_what_makes_counts_worthless_is_told(u_fid, after, accuracy, count, said):
+    before = {"u_fid": u_fid, "u_fid_of_a_point": 2, "forgotten_count": count}
 
-    noise = stub("noise.pt", [40, 40, 20], 5, known.log)
-    noise.diffusion.sample = lambda *args, **kwargs: torch.full((100, 1, 1, 2), -1.0)
-    monkeypatch.setattr(evaluate, "get_classifier", lambda *args: (
-        known.classifier, [0.5, 0.4, math.nan]))
-    print_table([compare(Judge(noise, "cpu", None), noise, ["a"], known.args)[0]])
-    said = capsys.readouterr().out
-    assert "before draws nothing like the images" in said
-    assert "right on 45% of a class alone" in said
+    warnings = warnings_of(
+        {"before": before, "after": {"u_fid": after}, "classifier_accuracy": accuracy})
+
+    assert len(warnings) == 1
+    assert said in warnings[0]
 
 
-def test_a_test_part_without_the_class_and_no_test_part(known, tmp_path):
-    """Bits of no images are nan, null in the file; without a test part, all others."""
-    for part, bits in ((clouds([7, 0, 7], 2), None), ((None, None), 0)):
-        known.real[False] = part
-        report, _ = compare(Judge(known.before, "cpu", None), known.after, ["a"], known.args)
-        print_table([report])
-        evaluate.write_json(tmp_path / "r.json", {**report, "settings": [math.inf, 0.5]})
-        report = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
-        assert report["before"]["bits_forgotten"] == bits and report["settings"] == [None, 0.5]
-        assert report["before"]["bits_retained"] == 0 and [] not in known.log
+def test_relearning_sees_a_few_images_of_the_class_alone_the_same_for_every_model(known):
+    images, labels = known.real[True]
+
+    report("--relearn 4 --after after q")
+
+    assert len(known.batches) == 8
+    assert known.batches[:4] == known.batches[4:]
+    assert is_among(known.batches[0], images[labels == 1])
 
 
-def test_relearning_sees_the_forgotten_class_alone(known, monkeypatch):
-    seen, of_class = {}, known.real[True][0][60:120].flatten(1).tolist()
-    monkeypatch.setattr(evaluate, "training_step", lambda unet, diffusion, optimizer, x: (
-        seen.setdefault(unet, []).append(to_uint8(x).flatten(1).tolist())))
-    judge = Judge(known.before, "cpu", None)
-    result, other = (relearning(judge, model, ["a"], known.args, images=20)
-                     for model in (known.after, known.before))
-    one, two = seen[known.after.unet], seen[known.before.unet]
-    assert one == two and [len(x) for x in one] == [64] * 4  # every model sees the same
-    assert all(image in of_class for x in one for image in x)
-    assert len({tuple(image) for x in one for image in x}) <= 20
-    assert [result[key] for key in ("steps", "images", "samples")] == [[0, 2, 4], 20, 100]
-    assert result["shares"] + other["shares"] == pytest.approx([0.1] * 3 + [0.5] * 3)
-    assert known.log == [(100, (1, 1, 2), 7, 1.0, 3, "")] * 6
+def test_relearning_counts_on_the_way(known):
+    found = report("--relearn 4")["relearning"]
+
+    assert found["steps"] == [0, 2, 4]
+    assert found["shares"] == approx([0.1] * 3)
+    assert found["images"] == 100
+    assert len(set(known.after.noise)) == 1  # always of the same noise

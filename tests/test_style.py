@@ -1,57 +1,113 @@
-"""The form of the code: widths, its size in tokens, and imports in a straight line."""
+"""The form of the code: how much is said, how densely, how wide, and what imports what.
+
+Tokens are counted without comments, docstrings, newlines and indentation: lines can be
+packed, tokens cannot."""
 
 import ast
 import io
 import tokenize
+from functools import cache
 
-import pytest
+from pytest import mark
 
 from conftest import ROOT
 
 ORDER = ["unet", "ddpm", "train_ddpm", "vdu", "evaluate", "sd_unlearn"]
 SOURCES = [ROOT / f"{name}.py" for name in ORDER]
 TESTS = sorted((ROOT / "tests").glob("*.py"))
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+          tokenize.ENDMARKER)
 
 
-def prose_lines(text):
-    """Numbers of the lines that are comments alone, or belong to a docstring."""
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT and token.line.strip().startswith("#"):
-            yield token.start[0]
-    for node in ast.walk(ast.parse(text)):
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-        if isinstance(node, kinds) and ast.get_docstring(node):
-            yield from range(node.body[0].lineno, node.body[0].end_lineno + 1)
+def nodes(path, *kinds):
+    """A file's syntax: the nodes of some kinds."""
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, kinds)]
 
 
-def tokens_of(path):
-    """How many tokens of code a file has, without comments, docstrings and layout. No
-    packing of lines changes it."""
-    text = path.read_text()
-    prose = set(prose_lines(text))
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-              tokenize.ENDMARKER)
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return sum(t.type not in layout and t.start[0] not in prose for t in tokens)
+@cache
+def measure(path):
+    """{line: tokens of code on it}, the lines that are prose, how many comments."""
+    prose = set()
+    for node in nodes(path, ast.Module, ast.ClassDef, ast.FunctionDef):
+        if ast.get_docstring(node):
+            prose.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+
+    counts = {}
+    comments = 0
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        line = token.start[0]
+        if token.type == tokenize.COMMENT:
+            comments += 1
+        if token.line.strip().startswith("#"):
+            prose.add(line)
+        elif token.type not in LAYOUT and line not in prose:
+            counts[line] = counts.get(line, 0) + 1
+    return counts, prose, comments
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda p: p.stem)
-def test_columns(path):
-    lines, prose = path.read_text().splitlines(), set(prose_lines(path.read_text()))
-    wide = [i for i, line in enumerate(lines, 1) if len(line) > (88 if i in prose else 100)]
-    assert not wide, f"{path.name}: too wide are lines {wide}"
+def counts_of(paths):
+    """Tokens of each code line of several files."""
+    return [n for path in paths for n in measure(path)[0].values()]
 
 
-def test_the_code_is_short():
+def test_the_sources_are_these_six():
     assert {*ROOT.glob("*.py")} == {*SOURCES}
-    assert sum(map(tokens_of, SOURCES)) <= 26_934
-    assert sum(map(tokens_of, TESTS)) <= 27_000
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=ORDER)
+@mark.parametrize("paths, limit", [(SOURCES, 27_700), (TESTS, 22_700)])
+def test_little_is_said(paths, limit):
+    assert sum(counts_of(paths)) <= limit
+
+
+ALL = [(SOURCES, 10.3, 0.08), (TESTS, 11, 0.10)]
+EACH = [([path], 11, 0.12) for path in SOURCES]
+
+
+@mark.parametrize("paths, per_line, crowded", ALL + EACH)
+def test_lines_are_short(paths, per_line, crowded):
+    counts = counts_of(paths)
+    over_20 = [n for n in counts if n > 20]
+
+    assert sum(counts) <= per_line * len(counts)
+    assert len(over_20) <= crowded * len(counts)
+
+
+@mark.parametrize("path", SOURCES + TESTS, ids=lambda path: path.stem)
+def test_one_statement_assigns_one_thing(path):
+    for node in nodes(path, ast.Assign):
+        several = isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+        assert not several, ast.unparse(node)
+
+
+@mark.parametrize("path", SOURCES + TESTS, ids=lambda path: path.stem)
+def test_functions_are_short(path):
+    limit = 400 if path in SOURCES else 350
+    counts, _, _ = measure(path)
+    for node in nodes(path, ast.FunctionDef):
+        if node.name != "parser":
+            lines = range(node.lineno, node.end_lineno + 1)
+            assert sum(counts.get(i, 0) for i in lines) <= limit, node.name
+
+
+def test_every_fifth_line_of_code_is_commented():
+    comments = sum(measure(path)[2] for path in SOURCES)
+    assert comments >= len(counts_of(SOURCES)) / 5
+
+
+@mark.parametrize("path", SOURCES + TESTS, ids=lambda path: path.stem)
+def test_no_line_is_too_wide(path):
+    _, prose, _ = measure(path)
+    for i, line in enumerate(path.read_text().splitlines(), 1):
+        limit = 88 if i in prose else 100
+        assert len(line) <= limit, f"line {i}"
+
+
+@mark.parametrize("path", SOURCES, ids=ORDER)
 def test_imports_are_a_straight_line_and_stand_at_the_top(path):
-    tree, later = ast.parse(path.read_text()), ORDER[ORDER.index(path.stem):]
-    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
-    for node in imports:
-        names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
-        assert not set(names) & set(later) and node in tree.body, ast.unparse(node)
+    later = ORDER[ORDER.index(path.stem):]
+    for node in nodes(path, ast.Import, ast.ImportFrom):
+        names = [alias.name for alias in node.names]
+        names.append(getattr(node, "module", None))
+
+        assert not set(names) & set(later)
+        assert node.col_offset == 0
