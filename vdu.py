@@ -204,6 +204,7 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
     unit = getattr(objective, "unit", 1.0)
 
     before = numbers_on_one_batch(objective, net, seed)
+    finite = True
     with tqdm(range(steps), desc="unlearning", unit="step", disable=not progress) as bar:
         for step in bar:
             if adam:  # whose steps do not shrink by themselves
@@ -224,11 +225,12 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
             posterior.set_weights(z, theta)
 
             bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
-            if not math.isfinite(loss.item()):
+            finite = math.isfinite(loss.item())
+            if not finite:
                 break
 
     moved = root_mean_square(z.values())
-    if not math.isfinite(loss.item() + moved):
+    if not finite or not math.isfinite(moved):
         net.load_state_dict(posterior.mean, strict=False)
         raise UserError(f"loss or weights became infinite at step {step + 1}; nothing was written: "
                         f"try a larger gamma or a smaller lr than {lr:g}")
