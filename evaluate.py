@@ -551,8 +551,11 @@ def load_retrained(args, before, names, device):
         raise UserError("--retrained takes one model or two")
     for model in models:
         check_dataset(before, model)
-        if sorted(model.data["excluded"]) != sorted(names):
+        if model.forgotten or sorted(model.data["excluded"]) != sorted(names):
             raise UserError(f"{model.path} was not trained without {', '.join(names)}")
+    digests = {digest(model.unet.state_dict().values()) for model in models}
+    if len(digests) < len(models):
+        raise UserError("--retrained names one model twice: it takes two, of two seeds")
     return models
 
 
@@ -565,32 +568,36 @@ def check_dataset(before, model):
         raise UserError(f"{before.path} and {model.path} were not trained on one dataset")
 
 
+def load_case(path, args, device):
+    """What is compared: the Checkpoints before, after and retrained (a list), and the
+    indices of the forgotten classes."""
+    after = load_checkpoint(path, device)
+    if args.before:
+        before = load_checkpoint(args.before, device)
+    else:
+        before = parent_of(after, device)
+    check_dataset(before, after)
+    forgotten = choose_forgotten(args, before, after)
+    names = [before.data["classes"][i] for i in forgotten]
+    return before, after, load_retrained(args, before, names, device), forgotten
+
+
 def main(args):
     """One report for each of args.after, and a table of all."""
     device = pick_device(args.device)
     paths = args.after or [newest_unlearned("checkpoints")]
-    # Where the reports go, before any work.
+    # All files are there, and the reports have a place, before any work.
     folders = [Path(args.output) / Path(path).stem for path in paths]
     if len(set(folders)) < len(folders):
         raise UserError("--after: two files have the same name, and their reports would be one")
+    cases = [load_case(path, args, device) for path in paths]
     for folder in folders:
         for name in ("report.json", "before.png", "after.png"):
             check_output(folder / name, args.overwrite)
 
     judges = {}  # by parent: (Judge, what was seen of the parent)
     reports = []
-    for path, folder in zip(paths, folders):
-        # What is compared: after, before, retrained.
-        after = load_checkpoint(path, device)
-        if args.before:
-            before = load_checkpoint(args.before, device)
-        else:
-            before = parent_of(after, device)
-        check_dataset(before, after)
-        forgotten = choose_forgotten(args, before, after)
-        names = [before.data["classes"][i] for i in forgotten]
-        retrained = load_retrained(args, before, names, device)
-
+    for (before, after, retrained, forgotten), folder in zip(cases, folders):
         # Samples of each. Before and after have the same noise, the others their own.
         if before.path not in judges:
             judge = Judge(before, device, args.data_root)
@@ -604,11 +611,11 @@ def main(args):
 
         report = report_on(judge, before, after, seen, forgotten, args)
         reports.append(report)
+        if args.relearn:
+            report["relearning"] = relearning(judge, after, forgotten, args)
         for when in ("before", "after"):
             samples = seen[when]["samples"][:64]
             write_images(folder / f"{when}.png", samples, args.overwrite)
-        if args.relearn:
-            report["relearning"] = relearning(judge, after, forgotten, args)
         write_json(folder / "report.json", report, args.overwrite)
         print(f"wrote {folder}: report.json, before.png, after.png")
     print_table(reports)

@@ -370,12 +370,15 @@ def read_settings(args):
 
     # An interrupted run goes on with its own settings.
     saved = read_file(output)
-    if not isinstance(saved, dict) or "train" not in saved:
+    if not isinstance(saved, dict) or not {"train", "losses", "settings", "data"} <= set(saved):
         raise UserError(f"{output} is no interrupted run: there is nothing to resume")
     settings = dict(saved["settings"])
     settings.update(output=output, save_every=args.save_every)
+    settings["overwrite"] = settings["overwrite"] or args.overwrite
     if root is not None:
         settings["data_root"] = root
+    elif settings["data_root"] is not None:  # from whatever folder it is resumed
+        settings["data_root"] = saved["data"]["root"]
     return settings, saved
 
 
@@ -404,7 +407,8 @@ def load_training_images(settings, saved):
         images=len(images),
         counts=labels.bincount(minlength=len(classes)).tolist(),
         digest=digest([images, labels]))
-    if saved is not None and saved["data"].get("digest") != data["digest"]:
+    same = ("digest", "classes")
+    if saved is not None and any(saved["data"][name] != data[name] for name in same):
         raise UserError(f"{settings['output']} was trained on other images: say where they are "
                         "with --data-root DIR")
     return images, data
@@ -415,7 +419,7 @@ def main(args):
     settings, saved = read_settings(args)
     output = settings["output"]
     grid = Path(output).with_suffix(".png")
-    check_output(grid, args.overwrite)
+    check_output(grid, settings["overwrite"])
     device = pick_device(args.device)
     images, data = load_training_images(settings, saved)  # (N, C, H, W) uint8
     image_shape = tuple(images.shape[1:])
@@ -449,7 +453,7 @@ def main(args):
     curve = " ".join(f"{loss:.4f}" for _, loss in run.losses[::every])
     print(f"wrote {output} ({time.time() - began:.0f} s); loss along the way: {curve}")
     samples = run.diffusion.sample(run.unet, 64, image_shape, 25, seed=settings["seed"])
-    write_images(grid, to_uint8(samples), args.overwrite)
+    write_images(grid, to_uint8(samples), settings["overwrite"])
     print(f"wrote {grid}, a grid of samples")
 
 
@@ -645,6 +649,9 @@ def class_indices(names, classes):
     """Class names -> their indices, sorted; a name, or one of its words ("goldfish").
     A name counts as it is written, else without regard to capitals. Raises UserError
     that lists the classes there are, or those that a name could mean."""
+    if names and not classes:
+        raise UserError("this model has no names of classes: vdu.py takes --forget-images, and its "
+                        "picture shows what came of it")
     indices = set()
     for name in names:
         name = unicodedata.normalize("NFC", name)  # an accent may be typed in two ways

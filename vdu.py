@@ -618,6 +618,8 @@ def with_defaults(args, ours, paper):
         raise UserError("--bound-weights belongs to --paper")
     if args.share and args.paper:
         raise UserError("--share has no part in --paper's loss: there --steps push harder")
+    if args.t_range and args.t_range[0] >= args.t_range[1]:
+        raise UserError("--t-range needs LOW < HIGH")
     settings = vars(args).copy()
     for name, value in (paper if args.paper else ours).items():
         if settings.get(name) is None:
@@ -746,7 +748,7 @@ def choose_output(args, path, checkpoint, classes):
     what = "-".join(classes) or Path(args.forget_images).resolve().name
     what = re.sub(r"[^\w .-]", "_", what)[:60]  # never a path, nor longer than a name may be
     output = args.output or str(place.with_name(f"{place.stem}-forget-{what}{place.suffix}"))
-    if os.path.abspath(output) == os.path.abspath(path):
+    if os.path.realpath(output) == os.path.realpath(path):
         raise UserError("--output is the --checkpoint itself, and evaluate.py needs both")
     picture = str(Path(output).with_suffix(".png"))
     check_output(output, args.overwrite, WEIGHTS)
@@ -793,7 +795,7 @@ def load_forget_images(args, checkpoint, indices):
     def shuffled(x):
         return x[torch.randperm(len(x), generator=generator)]
 
-    if args.forget_images:
+    if args.forget_images is not None:
         images = shuffled(load_images(args.forget_images, checkpoint.config["image_shape"]))
         return to_float(images[: args.forget_samples]), args.share or 0.1
 

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def shipped(request, tmp_path_factory):
-    """Run the programs on another core, if a test will ask for them. Returns a function:
+    """Run the programs on another core, if a test asks for them. Returns a function:
     their folder, and what each printed, once all have ended."""
     folder = tmp_path_factory.mktemp("shipped")
     log = folder / "log.txt"
