@@ -29,7 +29,8 @@ from tqdm import tqdm
 from ddpm import (UserError, add_shared_flags, autocast, check_output, digest, load_checkpoint,
                   number, pick_device, read_file, run_command_line, save_checkpoint,
                   training_step, write_atomically)
-from train_ddpm import (class_indices, load_data_of, title_of, to_float, to_uint8, write_images)
+from train_ddpm import (SHIPPED, class_indices, load_data_of, title_of, to_float, to_uint8,
+                        write_images)
 
 # --------------------------------------------------------------------------------------
 # The metrics: of class counts (one number per class), and of features (N, d)
@@ -533,7 +534,8 @@ def choose_forgotten(args, before, after):
     forgotten = class_indices(names, classes)
     known = len(classes) - len(before.data["excluded"])  # that it can draw
     if not 0 < len(forgotten) < known:
-        raise UserError("say with --forget-class what to count, and leave at least one class")
+        raise UserError(f"{after.path}: say with --forget-class what to count, and leave at least "
+                        "one class")
     return forgotten
 
 
@@ -543,7 +545,10 @@ def load_retrained(args, before, names, device):
     # Those that are named, or that have the name that README gives them.
     files = args.retrained
     if files is None:
-        without = f"{Path(before.path).with_suffix('')}-without-{'-'.join(names)}"
+        parent = Path(before.path)
+        if parent == SHIPPED:  # whose folder is the code's
+            parent = Path("checkpoints") / parent.name
+        without = f"{parent.with_suffix('')}-without-{'-'.join(names)}"
         beside = (f"{without}.pt", f"{without}-again.pt")
         files = [file for file in beside if os.path.exists(file)]
     models = [load_checkpoint(file, device) for file in files]
