@@ -248,8 +248,7 @@ def root_mean_square(tensors):
 def numbers_on_one_batch(objective, net, seed):
     """What an objective shows; of the same images, t and noise at every call."""
     torch.manual_seed(seed)
-    loss, numbers = objective(net)
-    return numbers
+    return objective(net)[1]
 
 
 # The paper's method ends here: what goes beyond it, then the command line, follow.
@@ -463,10 +462,7 @@ class FunctionSpaceObjective(PaperObjective):
 
 def frozen_network(unet, posterior):
     """eps_theta*: the network with mu* in place of what moves. For no_grad alone."""
-    def eps_star(*args, **kwargs):
-        return functional_call(unet, posterior.mean, args, kwargs)
-
-    return eps_star
+    return lambda *args, **kwargs: functional_call(unet, posterior.mean, args, kwargs)
 
 
 def middle_features(frozen, diffusion, prompts=()):

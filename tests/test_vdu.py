@@ -221,8 +221,9 @@ def upwards(net):
     return -net.weight.sum(), {"number": torch.rand(()).item()}
 
 
-def test_before_and_after_are_of_one_batch(anyone):
-    record = unlearn(*anyone, upwards, lr=0.1, steps=3)
+@mark.parametrize("steps", [0, 3])
+def test_before_and_after_are_of_one_batch(anyone, steps):
+    record = unlearn(*anyone, upwards, lr=0.1, steps=steps)
 
     assert record["before"] == record["after"]
 
