@@ -272,7 +272,7 @@ def guided(unet, context, negative, scale):
 def check_size(model, size):
     """Raise UserError unless images of `size` pixels have whole latents."""
     factor = model.autoencoder.factor  # pixels per latent pixel
-    if size < factor or size % factor:
+    if size % factor:
         raise UserError(f"--size must be a multiple of {factor}, not {size}")
 
 
