@@ -1,10 +1,12 @@
 """The diffusion: schedules, loss, variational bound, sampling; the checkpoint file.
 
-Holds    Diffusion (q and p of DDPM, sampling) and the training step; the checkpoint
-         file; DDPM's weights in the diffusers library's layout; last, what the command
-         lines share.
+    python ddpm.py checkpoints/mnist.pt checkpoints/mnist-forget-1.pt    # a picture
+
+Holds    Diffusion (q and p of DDPM, sampling) and the training step; images; the
+         checkpoint file; DDPM's weights in the diffusers library's layout; what the
+         command lines share; last its own, which draws samples of any models.
 Reads    checkpoint files, and folders of DDPM's weights as diffusers saves them.
-Writes   checkpoint files, whole or not at all.
+Writes   files whole or not at all: checkpoints, and a picture of samples.
 Paper    VDU (arXiv 2510.04058), its background on diffusion models. The sources:
          DDPM = Ho et al. 2020 (arXiv 2006.11239), DDIM = Song et al. 2021 (2010.02502).
 
@@ -31,6 +33,7 @@ from zlib import crc32
 import numpy as np
 import torch
 import torch.nn as nn
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from unet import UNet
@@ -140,6 +143,16 @@ class Diffusion(nn.Module):
         noise = per_image(self.sqrt_one_minus_alpha_bar, t, xt) * eps
         return (xt - noise) / per_image(self.sqrt_alpha_bar, t, xt)
 
+    def predict_eps(self, unet, xt, t):
+        """eps_theta(x_t, t), like x_t; in bfloat16 where that is fast. Raises
+        ValueError for a network that returns another shape."""
+        with autocast(xt.device):
+            eps_theta = unet(xt, t)
+        if eps_theta.shape != xt.shape:  # a loss would stretch the one to the other
+            raise ValueError(f"the network returns {tuple(eps_theta.shape)} for images of "
+                             f"{tuple(xt.shape)}")
+        return eps_theta
+
     def bound_weight(self, t):
         """C_t = beta_t^2 / (2 sigma_t^2 alpha_t (1-abar_t)) with sigma_t^2 = beta_t:
         the weight of || eps - eps_theta ||^2 in the bound (DDPM eq. 12).  t: (B,), like
@@ -152,13 +165,11 @@ class Diffusion(nn.Module):
         x0, eps: (B, C, H, W).  t: (B,).  Returns (B,): the squared error per dimension,
         1 for a network that always says 0. Unlike the bound below it has C_t = 1, takes
         t = 0 like any t, and leaves out L_T, which does not depend on theta."""
-        # in bfloat16, where that is fast
-        with autocast(x0.device):
-            eps_theta = unet(self.q_sample(x0, t, eps), t)
+        eps_theta = self.predict_eps(unet, self.q_sample(x0, t, eps), t)
         return (eps - eps_theta).square().flatten(1).mean(1)  # (B, C, H, W) -> (B,)
 
     @torch.no_grad()
-    def variational_bound(self, unet, x0, steps=None, seed=0):
+    def variational_bound(self, unet, x0, steps=None, seed=0, progress=False):
         """-log p_theta(x_0) <= L_0 + sum_t L_{t-1} + L_T (eq. 5), bits/dimension.
 
         x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  steps=None
@@ -179,7 +190,7 @@ class Diffusion(nn.Module):
         # means (eq. 12), and `spread` for their variances.
         grid, stands_for = bound_grid(self.T, steps)
         L_t = torch.zeros(len(x0), len(grid), dtype=torch.float64)
-        for i in reversed(range(len(grid))):
+        for i in tqdm(range(len(grid))[::-1], "bound", unit="t", disable=not progress):
             t, eps = noise_at(grid[i], x0, generator)
             error = D * float64(self.simple_loss(unet, x0, t, eps))  # (B,)
             ratio = float64(self.posterior_variance[t]) / float64(self.beta[t])
@@ -190,8 +201,7 @@ class Diffusion(nn.Module):
         # L_0: the mass at x_0's grey levels.
         t, eps = noise_at(0, x0, generator)
         x1 = self.q_sample(x0, t, eps)
-        with autocast(x0.device):
-            eps_theta = unet(x1, t)
+        eps_theta = self.predict_eps(unet, x1, t)
         mean = float64(self.predict_x0(x1, t, eps_theta))
         std = float64(self.beta[0]).sqrt()
         L_0 = -grey_level_log_likelihood(float64(x0), mean, std)
@@ -202,8 +212,7 @@ class Diffusion(nn.Module):
         L_T = abar_T * (float64(x0) ** 2 - 1) - torch.log1p(-abar_T)
         L_T = L_T.flatten(1).sum(1) / 2  # (B,) nats
 
-        total = L_T + L_t @ stands_for + L_0  # (B,)
-        terms = {"L_T": L_T, "L_t": L_t, "L_0": L_0, "total": total}
+        terms = {"L_T": L_T, "L_t": L_t, "L_0": L_0, "total": L_T + L_t @ stands_for + L_0}
         bit = D * math.log(2)  # nats per image -> bits per dimension
         return {name: value / bit for name, value in terms.items()}
 
@@ -214,8 +223,7 @@ class Diffusion(nn.Module):
         t-1 is DDPM's ancestral step, of mean mu tilde_t and variance beta tilde_t (DDIM
         eq. 16).  clip: keep x_0 in [-1, 1], as images are (DDPM's code clips, its text
         does not say so)."""
-        with autocast(xt.device):
-            eps = unet(xt, t)  # (B, C, H, W)
+        eps = self.predict_eps(unet, xt, t)  # (B, C, H, W)
         # what it takes the clean image to be
         x0 = self.predict_x0(xt, t, eps)
         if clip:
@@ -272,7 +280,7 @@ class Diffusion(nn.Module):
                 out[images] = x.cpu()
         if not torch.isfinite(out).all():  # a classifier would count such images as something
             raise UserError("the network draws images that are not finite: if it was to unlearn, "
-                            "try a larger --gamma or a smaller --lr")
+                            "try a larger gamma or a smaller lr")
         return out
 
 
@@ -310,6 +318,28 @@ def training_step(unet, diffusion, optimizer, x0):
         optimizer.step()
         optimizer.zero_grad()
     return value
+
+
+# --------------------------------------------------------------------------------------
+# Images
+
+def to_float(images):
+    """uint8 0 .. 255 -> float32 -1 .. 1, the range in which the diffusion works."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float -1 .. 1 -> uint8 0 .. 255, rounded."""
+    levels = (images.clamp(-1, 1) + 1) * 127.5
+    return levels.round().to(torch.uint8)
+
+
+def write_images(path, blocks, overwrite=False, nrow=8):
+    """A PNG: each of `blocks`, (N, C, H, W) uint8, as a grid with nrow images to a row;
+    the grids, of one size, side by side. Whole or not at all."""
+    grids = [make_grid(images, nrow, pad_value=255) for images in blocks]
+    picture = torch.cat(grids, dim=2) / 255  # (3, rows, columns of pixels)
+    write_atomically(path, lambda file: save_image(picture, file, format="png"), overwrite)
 
 
 # --------------------------------------------------------------------------------------
@@ -469,7 +499,8 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
             return torch.load(source, "cpu", weights_only=True, mmap=lazy)
     except pickle.UnpicklingError as e:
         asks = re.findall(r"GLOBAL ([\w.]+)", str(e)) or ["other Python objects"]
-        raise UserError(f"{path} was refused: no file of weights, or it asks for {asks[0]}") from e
+        raise UserError(f"{path} was refused: no file of weights, or it asks for {asks[0]} (of a "
+                        "network save net.state_dict(), not net itself)") from e
     except Exception as e:  # over other bytes a reader of pickles can fail in any way
         raise UserError(f"{path} is damaged or cut short ({first_line(e)[:80]})") from e
 
@@ -479,6 +510,8 @@ def may_stand_in(module):
     packages, and the few of Python's own that hold plain values."""
     harmless = {"argparse", "collections", "datetime", "pathlib", "typing"}
     package = module.split(".")[0]
+    if module.startswith("torch.optim."):  # a schedule of the learning rate
+        return True
     return package in harmless or package not in {*sys.stdlib_module_names, "torch"}
 
 
@@ -517,14 +550,22 @@ def read_safetensors(path):
 
 
 def state_dict_of(raw):
-    """{name: tensor} of what a file holds: of itself, or below the name that trainers
-    use. Without the prefix that DataParallel ("module.") or torch.compile
-    ("_orig_mod.") puts before every name."""
+    """{name: tensor} of what a file holds: of itself, below the name that trainers use,
+    or of a list's last dictionary (DDIM's code keeps its moving average there). Without
+    the prefix that DataParallel ("module.") or torch.compile ("_orig_mod.") puts before
+    every name."""
+    if isinstance(raw, list):
+        raw = {"ema": [part for part in raw if isinstance(part, dict)][-1]}
+    while isinstance(raw, dict):
+        found = [key for key in ("state_dict", "model_state_dict", "ema", "model")
+                 if isinstance(raw.get(key), dict)]
+        if not found:
+            break
+        if len(found) > 1:
+            print(f"taking the entry {found[0]!r}, of {', '.join(found)}")
+        raw = raw[found[0]]
     if not isinstance(raw, dict):
         return {}
-    for key in ("state_dict", "model_state_dict", "ema", "model"):
-        if isinstance(raw.get(key), dict):  # one below the other, where there are several
-            raw = raw[key]
     tensors = {}
     for name, v in raw.items():
         if isinstance(v, torch.Tensor):
@@ -610,6 +651,11 @@ def read_unet_config(path):
         if name not in FREE and not name.startswith("_"):
             possible[name] = [FIXED.get(name)]
     possible["sample_size"] = range(1, 10_000)
+    # A head's channels divide the width, wherever there is attention; None: one head.
+    attending = [width for width, attn in zip(widths, attends) if attn]
+    common = math.gcd(widths[-1], *attending)  # the middle always has it
+    possible["attention_head_dim"] = [None]
+    possible["attention_head_dim"] += [n for n in range(1, common + 1) if common % n == 0]
     possible["downsample_padding"] = [0, 1]
     possible["out_channels"] = [config["in_channels"]]
     # DDPM's embedding puts the sines first, and its frequencies end one sooner.
@@ -712,10 +758,10 @@ def from_diffusers(tensors, file):
     tensors: weights by diffusers' names.  file: where they were, with the JSON files
     beside it.  Raises UserError for another network, ValueError that names the tensors
     that are missing or too many."""
-    config = file.with_name("config.json")
-    if not config.exists():
-        raise UserError(f"{file} is of diffusers, and {config}, which says of what kind, is gone")
-    arguments, image_shape = read_unet_config(config)
+    config_file = file.with_name("config.json")
+    if not config_file.exists():
+        raise UserError(f"{file} is of diffusers, and its config.json is not beside it")
+    arguments, image_shape = read_unet_config(config_file)
 
     # A pipeline has the scheduler in a folder of its own.
     scheduler = file.with_name("scheduler_config.json")
@@ -753,7 +799,24 @@ def from_diffusers(tensors, file):
           f"schedule, T = {T}, predicts {prediction}")
     config = {"unet": arguments, "image_shape": image_shape, "schedule": schedule,
               "timesteps": T, "velocity": velocity}
-    return {"weights": weights, "config": config, "data": data, "posterior": None, "step": 0}
+    # Its own words, for to_diffusers.
+    described = {path.name: path.read_text() for path in (config_file, scheduler) if path.exists()}
+    return {"weights": weights, "config": config, "data": data, "posterior": None, "step": 0,
+            "diffusers": described}
+
+
+def to_diffusers(unet, blocks):
+    """{diffusers' name: tensor}, as UNet2DModel.load_state_dict takes them; the reverse
+    of from_diffusers. blocks: residual blocks per level."""
+    tensors = {}
+    weights = unet.state_dict()
+    for ours, theirs in diffusers_names(unet, blocks).items():
+        v = weights[ours].cpu()
+        if v.dim() == 3:  # a 1x1 convolution of attention, there a matrix
+            v = v.squeeze(2)
+        for name, part in zip(theirs, v.chunk(len(theirs))):
+            tensors[name] = part.clone()
+    return tensors
 
 
 # --------------------------------------------------------------------------------------
@@ -849,14 +912,16 @@ def write_atomically(path, write, overwrite=False):
 
 
 class StopRequest:
-    """The first Ctrl-C (or SIGTERM) becomes a flag, read between two steps; a second
-    one interrupts at once."""
+    """The first Ctrl-C becomes a flag, read between two steps; a second one interrupts
+    at once. Likewise SIGTERM, and SIGHUP of a terminal that was closed."""
 
     def __enter__(self):
         self.requested = False
         self.previous = {}  # what the signals did before
-        for s in (signal.SIGINT, signal.SIGTERM):
-            self.previous[s] = signal.signal(s, self.handle)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                s = getattr(signal, name)
+                self.previous[s] = signal.signal(s, self.handle)
         return self
 
     def handle(self, signum, frame):
@@ -891,3 +956,45 @@ def autocast(device):
     elif kind == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(kind, torch.bfloat16, enabled=fast)
+
+
+# --------------------------------------------------------------------------------------
+# The command line: what does any model draw?
+
+def draw(model, n, steps, seed, series=""):
+    """n samples of a Checkpoint's model, uint8 (n, C, H, W): of one series and seed the
+    same noise."""
+    samples = model.diffusion.sample(model.unet, n, model.config["image_shape"], steps, eta=1.0,
+                                     seed=seed, progress=True, series=series)
+    return to_uint8(samples)
+
+
+def main(args):
+    """A picture with a block of samples for each model, of the same noise."""
+    check_output(args.output, args.overwrite, (".png",))
+    device = pick_device(args.device)
+    models = [load_checkpoint(path, device) for path in args.checkpoints]
+    shapes = {tuple(model.config["image_shape"]) for model in models}
+    if len(shapes) > 1:
+        raise UserError(f"these models draw images of different shapes: {sorted(shapes)}")
+    blocks = []
+    for model in models:
+        print(f"sampling from {model.path}")
+        blocks.append(draw(model, args.n, args.sampling_steps, args.seed))
+    write_images(args.output, blocks, args.overwrite)
+    print(f"wrote {args.output}: from left to right {', '.join(args.checkpoints)}")
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a block of samples each")
+    p.add_argument("--n", type=number(int, 1), default=64, help="samples of each (default: 64)")
+    p.add_argument("--sampling-steps", type=number(int, 1), default=25, help="default: 25")
+    p.add_argument("--output", default="grid.png", help="default: grid.png")
+    add_shared_flags(p)
+    return p
+
+
+if __name__ == "__main__":
+    run_command_line(lambda: main(parser().parse_args()))

@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from ddpm import (UserError, add_shared_flags, autocast, check_output, digest, load_checkpoint,
-                  number, pick_device, read_file, run_command_line, save_checkpoint,
-                  training_step, write_atomically)
-from train_ddpm import (SHIPPED, class_indices, load_data_of, title_of, to_float, to_uint8,
-                        write_images)
+from ddpm import (WEIGHTS, UserError, add_shared_flags, autocast, check_output, digest, draw,
+                  load_checkpoint, number, pick_device, read_file, run_command_line,
+                  save_checkpoint, to_float, training_step, write_atomically, write_images)
+from train_ddpm import SHIPPED, class_indices, load_data_of, title_of
 
 # --------------------------------------------------------------------------------------
 # The metrics: of class counts (one number per class), and of features (N, d)
@@ -47,11 +46,14 @@ def percentage_of_unlearning(n_before, n_after):
 def frechet_distance(features_a, features_b):
     """|| m_a - m_b ||^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of Gaussians.
     features: (N, d).  Returns a float (Dowson & Landau 1982; FID, Heusel et al. 2017).
-    Of few samples it is too large: two halves of one distribution are not at 0.
+    Of few samples it is too large: two halves of one distribution are not at 0. Of one
+    it is nan.
     In float64, and by the symmetric form of the root: its eigenvalues are real and not
     negative but for rounding, where the usual sqrtm(C_a C_b) can turn complex."""
     a = features_a.double().cpu()
     b = features_b.double().cpu()
+    if min(len(a), len(b)) < 2:  # one has no covariance
+        return math.nan
     cov_a = torch.cov(a.T)  # (d, d)
     cov_b = torch.cov(b.T)
 
@@ -194,6 +196,7 @@ def get_classifier(checkpoint, train, test, device):
         saved = read_file(path)
         classifier.load_state_dict(saved["classifier"])
         return classifier.eval(), saved["accuracies"]
+    check_output(path, False)  # that it can be kept
 
     if test[0] is None:
         held_out = torch.zeros(len(images), dtype=torch.bool)
@@ -242,7 +245,7 @@ class Judge:
         of "samples" (N, C, H, W) uint8, "features" (N, d), "classes" (N,), and "counts"
         (one number per class). series: models of one series share their noise."""
         print(f"sampling from {model.path}")
-        samples = draw(model, args.samples, args, series, progress=True)
+        samples = draw(model, args.samples, args.sampling_steps, args.seed, series)
         features, probabilities = self.classify(samples)
         classes = probabilities.argmax(1)  # (N,)
         counts = classes.bincount(minlength=len(self.classes)).tolist()
@@ -258,7 +261,8 @@ class Judge:
         if len(chosen) == 0:
             return math.nan
         x0 = to_float(images[chosen]).to(self.device)
-        bound = model.diffusion.variational_bound(model.unet, x0, 40)  # at 40 of the steps
+        # at 40 of the steps
+        bound = model.diffusion.variational_bound(model.unet, x0, 40, progress=True)
         return bound["total"].mean().item()
 
     def measure(self, model, seen, forgotten, n_bits):
@@ -269,9 +273,6 @@ class Judge:
         retained = ~torch.isin(self.train[1], gone)
         real = self.real_features[retained]
         rest = seen["features"][~torch.isin(seen["classes"], gone)]
-        deleted = math.nan
-        if len(rest) > 1:
-            deleted = frechet_distance(rest, real)
         is_gone = torch.isin(self.test[1], gone)
         return {
             "checkpoint": model.path,
@@ -279,19 +280,11 @@ class Judge:
             "forgotten_count": sum(seen["counts"][i] for i in forgotten),
             "u_fid": frechet_distance(seen["features"], real),
             # less the samples of the class: what deleting those alone would reach
-            "u_fid_of_perfect_deletion": deleted,
+            "u_fid_of_perfect_deletion": frechet_distance(rest, real),
             # of samples that are all alike, in the middle of the real images
             "u_fid_of_a_point": torch.cov(real.T).trace().item(),
             "bits_forgotten": self.bits(model, is_gone, n_bits),
             "bits_retained": self.bits(model, ~is_gone, n_bits)}
-
-
-def draw(model, n, args, series="", progress=False):
-    """n samples of a Checkpoint's model, uint8: of one series, the same noise."""
-    samples = model.diffusion.sample(
-        model.unet, n, model.config["image_shape"], args.sampling_steps, eta=1.0,
-        seed=args.seed, progress=progress, series=series)
-    return to_uint8(samples)
 
 
 def frechet(a, b):
@@ -392,7 +385,9 @@ def warnings_of(report):
     if report["classifier_accuracy"] < ACCURATE:
         percent = 100 * report["classifier_accuracy"]
         warnings.append(f"the classifier is right on no more than {percent:.0f}%")
-    if a["forgotten_count"] < TOO_FEW:
+    if a["forgotten_count"] == 0:
+        warnings.append("no sample before is of the class: PUL is undefined")
+    elif a["forgotten_count"] < TOO_FEW:
         warnings.append(f"{a['forgotten_count']} before are too few for a PUL: more --samples")
     return warnings
 
@@ -475,7 +470,7 @@ def relearning(judge, model, forgotten, args, images=100, lr=2e-4):
     torch.manual_seed(args.seed)
     for step in tqdm(range(args.relearn + 1), desc="relearning", unit="step"):
         if step in marks:
-            _, probabilities = judge.classify(draw(model, n, args))
+            _, probabilities = judge.classify(draw(model, n, args.sampling_steps, args.seed))
             is_gone = torch.isin(probabilities.argmax(1), gone)
             shares.append(is_gone.float().mean().item())
         if step < args.relearn:
@@ -498,7 +493,8 @@ def write_json(path, value, overwrite):
 
 def newest_unlearned(folder):
     """The newest checkpoint of vdu.py in `folder`. Raises UserError for none."""
-    paths = sorted(Path(folder).glob("*.pt"), key=os.path.getmtime)  # the oldest first
+    paths = [path for path in Path(folder).glob("*") if path.suffix.lower() in WEIGHTS]
+    paths.sort(key=os.path.getmtime)  # the oldest first
     for path in reversed(paths):
         with contextlib.suppress(UserError):  # a broken file is not the one that is looked for
             raw = read_file(path, lazy=True)  # the numbers stay on disk
@@ -567,7 +563,7 @@ def load_retrained(args, before, names, device):
 def check_dataset(before, model):
     """Raise UserError unless both were trained on images of one size and the same
     classes."""
-    same_classes = before.data["classes"] == model.data["classes"]
+    same_classes = sorted(before.data["classes"]) == sorted(model.data["classes"])
     same_shape = list(before.config["image_shape"]) == list(model.config["image_shape"])
     if not (same_classes and same_shape):
         raise UserError(f"{before.path} and {model.path} were not trained on one dataset")
@@ -620,7 +616,7 @@ def main(args):
             report["relearning"] = relearning(judge, after, forgotten, args)
         for when in ("before", "after"):
             samples = seen[when]["samples"][:64]
-            write_images(folder / f"{when}.png", samples, args.overwrite)
+            write_images(folder / f"{when}.png", [samples], args.overwrite)
         write_json(folder / "report.json", report, args.overwrite)
         print(f"wrote {folder}: report.json, before.png, after.png")
     print_table(reports)

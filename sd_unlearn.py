@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 from ddpm import (WEIGHTS, Diffusion, UserError, add_shared_flags, check_finite, check_output,
                   first_line, number, pick_device, read_file, run_command_line, save_checkpoint,
-                  state_dict_of)
-from train_ddpm import GaussianPosterior, load_images, to_float, to_uint8, write_images
+                  state_dict_of, to_float, to_uint8, write_images)
+from train_ddpm import GaussianPosterior, load_images, moving_parameters
 from unet import UNet, normalization, split_heads
 from vdu import (FunctionSpaceObjective, Likeness, PaperObjective, add_unlearning_flags,
-                 count_evaluations, frozen_network, guessed_posterior, middle_features,
-                 print_outcome, share_like, unlearn, with_defaults)
+                 count_evaluations, features_of_clean, frozen_network, guessed_posterior,
+                 middle_features, print_outcome, share_like, unlearn, with_defaults)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -143,6 +143,8 @@ def run_unlearn(args):
     check_output(args.output, args.overwrite, WEIGHTS)
     if not args.concept.strip():
         raise UserError("--concept must say what will be forgotten")
+    if args.concept.lower() in [name.lower() for name in args.keep]:
+        raise UserError(f"--keep names the --concept itself, {args.concept!r}")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
 
@@ -170,7 +172,7 @@ def run_unlearn(args):
     record = unlearn(model.unet, posterior, objective, args.lr, args.steps, args.adam,
                      args.accumulate, args.seed, progress=True)
     record["like_D_f"] = [was_like, share_of_concept()]
-    print_outcome(record, time.time() - began, args.paper)
+    print_outcome(record, time.time() - began, args)
 
     # The file: the checkpoint with other weights, and what was done.
     record.update(concept=args.concept, images=len(images), settings=vars(args), **counter)
@@ -191,20 +193,18 @@ def draw(model, prompt, n, seed, args):
 def choose_moving(unet, args):
     """The posterior of the parameters that move, measured over checkpoints or guessed
     from one; the U-Net is set to its mean, and the other parameters are frozen."""
-    moving = {k: p for k, p in unet.named_parameters()
-              if args.parameters == "all" or ".attn2." in k}
+    for k, p in unet.named_parameters():  # the others stay as they are
+        p.requires_grad_(args.parameters == "all" or ".attn2." in k)
 
     def read_unet(path):
         tensors, _ = read_tensors(path)
         return tensors_of(tensors, "unet")
 
     if args.posterior:
-        posterior = GaussianPosterior.from_checkpoints(args.posterior, moving, read_unet)
+        posterior = GaussianPosterior.from_checkpoints(args.posterior, unet, read_unet)
     else:
-        posterior = guessed_posterior(moving.items())
+        posterior = guessed_posterior(moving_parameters(unet).items())
     unet.load_state_dict(posterior.mean, strict=False)  # theta* = mu*
-    for k, p in unet.named_parameters():
-        p.requires_grad_(k in moving)  # the others stay as they are
     return posterior
 
 
@@ -222,7 +222,7 @@ def choose_objective(model, posterior, images, args):
     context = model.context(prompts)
 
     # ... and what theta* draws for other prompts: as many images of each.
-    others = list(NEUTRAL_PROMPTS)
+    others = [prompt for prompt in NEUTRAL_PROMPTS if args.concept.lower() not in prompt]
     for name in args.keep:
         others += [template.format(name) for template in TEMPLATES]
     each = math.ceil(args.anchors / len(others))  # images of each prompt
@@ -235,8 +235,9 @@ def choose_objective(model, posterior, images, args):
     # Taken to hold nothing of D_f. Together with D_f itself, its share is known.
     empty = model.context([""])
     both = torch.cat([forget, kept])
-    features = middle_features(frozen, model.diffusion, (empty,))
-    likeness = Likeness(features, forget, both, len(forget) / len(both))
+    features = middle_features(model.unet, frozen, empty)
+    of_clean = features_of_clean(features, model.diffusion)
+    likeness = Likeness(of_clean, forget, both, len(forget) / len(both))
 
     arguments = (model.diffusion, posterior, forget, args.gamma, args.batch_size,
                  args.t_range, context)
@@ -308,7 +309,7 @@ def run_sample(args):
         del model  # before the next is read: one copy of the weights at a time
 
     grid = torch.cat(columns, dim=1)  # (prompts, checkpoints * n, 3, H, W)
-    write_images(args.output, grid.flatten(0, 1), args.overwrite, nrow=grid.shape[1])
+    write_images(args.output, [grid.flatten(0, 1)], args.overwrite, nrow=grid.shape[1])
     print(f"wrote {args.output}: a row per prompt, {args.n} images per checkpoint")
 
 
@@ -723,7 +724,8 @@ def save(path, checkpoint, weights, record, overwrite=False):
 # The command line
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__, epilog="The flags of each: python "
+                                "sd_unlearn.py unlearn --help, python sd_unlearn.py sample --help",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     # Two commands, with some flags in common.
@@ -751,7 +753,7 @@ def parser():
     gone.add_argument("--accumulate", type=number(int, 1), help="batches per step (default: 8, "
                       "1 with --paper)")
     gone.add_argument("--keep", nargs="+", default=[], help="neighbours of it that must stay")
-    add_unlearning_flags(gone, OURS, PAPER)
+    add_unlearning_flags(gone, OURS, PAPER, "0.5")
     return p
 
 

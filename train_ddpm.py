@@ -36,12 +36,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ddpm import (WEIGHTS, StopRequest, UserError, add_shared_flags, build, check_output, digest,
                   first_line, number, pick_device, read_file, run_command_line, save_checkpoint,
-                  state_dict_of, training_step, write_atomically)
+                  state_dict_of, to_float, to_uint8, training_step, write_images)
 
 # --------------------------------------------------------------------------------------
 # Settings
@@ -143,25 +142,35 @@ class GaussianPosterior:
             self.std[k] = variance.sqrt().clamp(min=SIGMA_FLOOR)
 
     @classmethod
-    def from_checkpoints(cls, paths, parameters, read=lambda path: state_dict_of(read_file(path))):
+    def from_checkpoints(cls, paths, net, read=lambda path: state_dict_of(read_file(path))):
         """mu* and sigma* over files of one training, read one at a time.
-        parameters: {name: tensor} or named_parameters() of the network; what else a
-        file holds (buffers) is left out.  read: path -> {name: tensor}.  Raises
-        UserError for fewer than two files, for equal ones, or for another network."""
-        parameters = dict(parameters)
+        net: the network; of its parameters those that require a gradient. Buffers have
+        no posterior, and stay as net has them: those of one of the files.  read: path
+        -> {name: tensor}.  Raises UserError for fewer than two files, for equal ones,
+        for those of another network, or for buffers of none of them."""
+        parameters = moving_parameters(net)
+        buffers = dict(net.named_buffers())
         posterior = cls()
         digests = set()
+        has_buffers = False  # of one of the files
         for path in paths:
             # Its parameters, which must be the network's.
             tensors = read(path)
-            theta = {k: tensors[k] for k in parameters if k in tensors}  # no buffers
-            check_parameters(path, theta, parameters)
+            if not tensors:
+                raise UserError(f"{path} holds no weights by name: save net.state_dict(), not net")
+            theta = {k: tensors[k] for k in parameters if k in tensors}
+            check_parameters(path, theta or tensors, parameters)
             digests.add(digest(theta.values()))
             for k, p in parameters.items():
                 theta[k] = theta[k].to(p.device)
             posterior.update(theta)
+            has_buffers |= all(torch.equal(tensors[k].to(v), v) for k, v in buffers.items()
+                               if k in tensors)
         if len(digests) < max(2, len(paths)):
             raise UserError("a posterior needs two checkpoints or more, all different")
+        if not has_buffers:  # running means of batches, for one
+            raise UserError(f"the network's buffers ({', '.join(buffers)}) are of none of these "
+                            "files: load one of the checkpoints into it first")
         return posterior
 
     @torch.no_grad()
@@ -189,13 +198,21 @@ def all_to(tensors, device):
     return {k: v.to(device) for k, v in tensors.items()}
 
 
+def moving_parameters(net):
+    """{name: parameter} of those that require a gradient."""
+    return {k: p for k, p in net.named_parameters() if p.requires_grad}
+
+
 def check_parameters(what, theta, parameters):
     """Raise UserError unless theta has the names and shapes of the network's."""
-    theirs = {k: v.shape for k, v in theta.items()}
-    ours = {k: v.shape for k, v in parameters.items()}
-    wrong = [k for k in [*ours, *theirs] if theirs.get(k) != ours.get(k)]
-    if wrong:
-        raise UserError(f"the parameters of {what} do not match the network's: {wrong[:3]} ...")
+    theirs = {k: tuple(v.shape) for k, v in theta.items()}
+    ours = {k: tuple(v.shape) for k, v in parameters.items()}
+    if theirs != ours:
+        # three that differ, of each
+        only_theirs = [item for item in theirs.items() if item not in ours.items()][:3]
+        only_ours = [item for item in ours.items() if item not in theirs.items()][:3]
+        raise UserError(f"the parameters of {what} do not match the network's (those that require "
+                        f"a gradient): {only_theirs} ... there, {only_ours} ... here")
 
 
 # --------------------------------------------------------------------------------------
@@ -453,7 +470,7 @@ def main(args):
     curve = " ".join(f"{loss:.4f}" for _, loss in run.losses[::every])
     print(f"wrote {output} ({time.time() - began:.0f} s); loss along the way: {curve}")
     samples = run.diffusion.sample(run.unet, 64, image_shape, 25, seed=settings["seed"])
-    write_images(grid, to_uint8(samples), settings["overwrite"])
+    write_images(grid, [to_uint8(samples)], settings["overwrite"])
     print(f"wrote {grid}, a grid of samples")
 
 
@@ -554,6 +571,8 @@ def load_mnist(folder, train, download):
     part = "train" if train else "t10k"
     raw = folder / DATASETS["mnist"]  # where torchvision puts them
     files = sorted(raw.glob(f"{part}-*idx?-ubyte"))  # images, then labels
+    if len(files) != 2:
+        raise ValueError(f"no {part}-images-idx3-ubyte and {part}-labels-idx1-ubyte, unpacked")
     images, labels = map(read_sn3_pascalvincent_tensor, files)
     if len(images) != len(labels):
         raise ValueError(f"{len(images):,} images, {len(labels):,} labels")
@@ -601,18 +620,33 @@ def read_rows(path):
 def list_folder(root, train, classes):
     """(paths, labels, classes) of a folder with one sub-folder of images per class, or
     with train/ and test/ (val/, valid/) of such. classes: as in load_dataset."""
+    # Its parts, by any of their usual names. Without a test part, and beside other
+    # folders, train is a class.
+    tests = []
+    others = []
+    here = root
+    for name, path in subfolders(root).items():
+        if name.lower() == "train":
+            here = path
+        elif name.lower() in ("test", "val", "valid"):
+            tests.append(path)
+        else:
+            others.append(name)
+    if here == root and tests:
+        raise UserError(f"{root} has {tests[0].name}/ beside classes: their folders belong in "
+                        "train/")
+    if others and not tests:
+        here = root
+    elif others:
+        print(f"{root}: passing over the folders {', '.join(others)}")
     # The classes are the folders of the training part.
-    here = root / "train" if subfolders(root / "train") else root
     classes = classes or list(subfolders(here))
     if not classes:
         raise UserError(f"no classes in {here}: it needs a sub-folder of images for each")
     if not train:
-        # The test part, by any of its usual names.
-        parts = [root / name for name in ("test", "val", "valid")]
-        parts = [part for part in parts if part.is_dir()]
-        if here == root or not parts:
+        if not tests:
             return [], torch.tensor([]), classes
-        here = parts[0]
+        here = tests[0]
     index = {}  # what a folder's images are labelled
     for name, path in subfolders(here).items():
         if name in classes:
@@ -671,20 +705,24 @@ def class_indices(names, classes):
 # Image files and pixels
 
 def subfolders(folder):
-    """{name: path} of the folders in a folder, in order; names in Unicode's NFC."""
+    """{name: path} of the folders in a folder, in order; names in Unicode's NFC. Raises
+    UserError for two that differ in nothing else."""
     if not folder.is_dir():
         return {}
     found = {}
     for path in folder.iterdir():
         if path.is_dir() and not path.name.startswith("."):
-            found[unicodedata.normalize("NFC", path.name)] = path
+            name = unicodedata.normalize("NFC", path.name)
+            if name in found:
+                raise UserError(f"{folder} has two folders that are both called {name}")
+            found[name] = path
     return dict(sorted(found.items()))
 
 
 def list_images(folder, index):
     """[(path, label)] of the images in the sub-folders that `index` has labels for, and
-    below them, in order; says how many files it passes over. Links are followed; what
-    is hidden, a file or a folder, is left out."""
+    below them, in order; says which files of the folder it passes over. Links are
+    followed; what is hidden, a file or a folder, is left out."""
     def is_image(path):
         inside = Path(path).relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
@@ -693,12 +731,14 @@ def list_images(folder, index):
     if not index:  # of which make_dataset makes an error
         return []
     files = make_dataset(folder, index, is_valid_file=is_image, allow_empty=True)
-    others = -len(files)  # files that are no images
-    for name in index:
-        for _, _, names in os.walk(Path(folder, name), followlinks=True):
-            others += len(names)
-    if others > 0:
-        print(f"{folder}: passing over {others} files that are no images")
+    # The others are no images, hidden, or in no folder of a class.
+    taken = {path for path, _ in files}
+    others = []
+    for place, _, names in os.walk(folder, followlinks=True):
+        paths = [os.path.join(place, name) for name in names]
+        others += [path for path in paths if path not in taken]
+    if others:
+        print(f"{folder}: passing over {len(others)} files: {', '.join(others[:3])} ...")
     return files
 
 
@@ -748,28 +788,12 @@ def read_images(paths, image_shape):
 
 def load_images(folder, image_shape):
     """Every image in a folder and below it: (N, C, S, S). Raises UserError for none."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is no folder: name one that holds the images")
     files = list_images(folder, {"": 0})
     if not files:
         raise UserError(f"no images in {folder}: they end in {', '.join(IMG_EXTENSIONS)}")
     return read_images([path for path, _ in files], image_shape)
-
-
-def to_float(images):
-    """uint8 0 .. 255 -> float32 -1 .. 1, the range in which the diffusion works."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images):
-    """float -1 .. 1 -> uint8 0 .. 255, rounded."""
-    levels = (images.clamp(-1, 1) + 1) * 127.5
-    return levels.round().to(torch.uint8)
-
-
-def write_images(path, images, overwrite=False, **layout):
-    """uint8 images (N, C, H, W) as one PNG, a grid; whole or not at all."""
-    pixels = images.float() / 255
-    write_atomically(path, lambda file: save_image(pixels, file, format="png", **layout),
-                     overwrite)
 
 
 # --------------------------------------------------------------------------------------

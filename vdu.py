@@ -14,6 +14,7 @@ Paper    VDU (arXiv 2510.04058), its method: the two terms, posterior, objective
 """
 
 import argparse
+import inspect
 import math
 import os
 import re
@@ -24,14 +25,14 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 from torch.nn.functional import adaptive_avg_pool2d, logsigmoid
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ddpm import (WEIGHTS, UserError, add_shared_flags, autocast, check_output, digest,
-                  load_checkpoint, number, pick_device, run_command_line, save_checkpoint,
-                  stratified_timesteps)
+                  load_checkpoint, noise_at, number, pick_device, run_command_line, save_checkpoint,
+                  stratified_timesteps, to_diffusers, to_float, to_uint8, write_atomically,
+                  write_images)
 from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indices, load_data_of,
-                        load_images, to_float, to_uint8, write_images)
+                        load_images, moving_parameters)
 
 # --------------------------------------------------------------------------------------
 # The loss, from the KL divergence to the formula
@@ -171,11 +172,6 @@ class PaperObjective:
     def stability(self, unet):
         """B of those parameters that move."""
         return stability_loss(moving_parameters(unet), self.posterior)
-
-
-def moving_parameters(net):
-    """{name: parameter} of those that require a gradient."""
-    return {k: p for k, p in net.named_parameters() if p.requires_grad}
 
 
 def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed=0,
@@ -465,31 +461,40 @@ def frozen_network(unet, posterior):
     return lambda *args, **kwargs: functional_call(unet, posterior.mean, args, kwargs)
 
 
-def middle_features(frozen, diffusion, prompts=()):
-    """Clean images (n, C, H, W) -> the middle block's features of their noisy copies at
-    the levels LEVELS, pooled to 2x2: (n, d), on the CPU. The same noise at each call.
-    prompts: what the network takes beside images and t, for one image."""
+def middle_features(net, frozen, *prompts):
+    """The features in which w is learned, as a function (x_t, t) -> (n, d): of a
+    network that returns its middle block's those, pooled to 2x2; of any other what it
+    predicts, pooled to 8x8. prompts: what it takes beside x_t and t, for one image."""
+    def features(xt, t):
+        expanded = [p.expand(len(xt), *p.shape[1:]) for p in prompts]
+        if "return_middle" in inspect.signature(net.forward).parameters:
+            h = frozen(xt, t, *expanded, return_middle=True)  # (n, C', h, w)
+            return adaptive_avg_pool2d(h, 2).flatten(1)
+        return adaptive_avg_pool2d(frozen(xt, t, *expanded), 8).flatten(1)
+
+    return features
+
+
+def features_of_clean(features, diffusion, progress=False):
+    """Features of noisy images as a function of clean ones: (n, C, H, W) -> (n, d), on
+    the CPU, of noisy copies at the levels LEVELS. The same noise at each call."""
     @torch.no_grad()
-    def features(images):
+    def of_clean(images):
         generator = torch.Generator().manual_seed(0)
         chunks = []
         size = min(250, 2**20 // images[0].numel())  # images at once: a million numbers
-        for x0 in images.split(max(1, size)):
-            expanded = [p.expand(len(x0), *p.shape[1:]) for p in prompts]
+        parts = images.split(max(1, size))
+        for x0 in tqdm(parts, "features", unit="part", leave=False, disable=not progress):
             levels = []
             for level in LEVELS:
-                step = int(level * diffusion.T)
-                t = torch.full((len(x0),), step, device=x0.device)
-                eps = torch.randn(x0.shape, generator=generator)
-                xt = diffusion.q_sample(x0, t, eps.to(x0.device))
+                t, eps = noise_at(int(level * diffusion.T), x0, generator)
+                xt = diffusion.q_sample(x0, t, eps)
                 with autocast(x0.device):
-                    h = frozen(xt, t, *expanded, return_middle=True)  # (n, C', h, w)
-                pooled = adaptive_avg_pool2d(h, 2)
-                levels.append(pooled.flatten(1).cpu())
+                    levels.append(features(xt, t).float().cpu())
             chunks.append(torch.cat(levels, dim=1))
         return torch.cat(chunks)
 
-    return features
+    return of_clean
 
 
 def count_evaluations(net):
@@ -529,14 +534,15 @@ PAPER = dict(
     adam=False, accumulate=1)
 
 
-def forget(net, diffusion, posterior, images, rho, share=None, paper=False, bound_weights=False,
-           seed=0, progress=False, **settings):
+def forget(net, diffusion, posterior, images, rho, share=None, features=None, paper=False,
+           bound_weights=False, seed=0, progress=False, **settings):
     """Make `net` forget `images`, in place: all that main does between two files.
 
-    net: called as net(x, t), and with return_middle=True for features.  diffusion,
-    posterior: its own.  images: (N, C, H, W) in [-1, 1], of D_f.  rho: D_f's share of
-    the training data.  share: that which weighs the push, rho unless given.  settings:
-    any of OURS, or with paper=True of PAPER.  Returns (record, before, after): what
+    net: an nn.Module, called as net(x_t, t).  diffusion, posterior: its own.  images:
+    (N, C, H, W) in [-1, 1], of D_f.  rho: D_f's share of the training data.  share:
+    that which weighs the push, rho unless given.  features: (x_t, t) -> (n, d), in
+    which w is learned; middle_features unless given.  settings: any of OURS, or with
+    paper=True of PAPER.  Returns (record, before, after): what
     `unlearn` returns, with the share of samples like D_f, and the network evaluations;
     and samples of the same noise, (n, C, H, W)."""
     settings = {**(PAPER if paper else OURS), **settings}
@@ -552,8 +558,10 @@ def forget(net, diffusion, posterior, images, rho, share=None, paper=False, boun
 
     own = draw(settings["anchors"])
     frozen = frozen_network(net, posterior)
-    features = middle_features(frozen, diffusion)
-    likeness = Likeness(features, images[:EXAMPLES], own, rho)
+    if features is None:
+        features = middle_features(net, frozen)
+    of_clean = features_of_clean(features, diffusion, progress)
+    likeness = Likeness(of_clean, images[:EXAMPLES], own, rho)
     n_kept = math.ceil((1 - rho) ** 2 * len(own))
     least_like = likeness.of_own.argsort()[:n_kept]
     kept = own[least_like.to(own.device)]
@@ -583,7 +591,7 @@ def share_like(w):
     return (w > 0.5).float().mean().item()
 
 
-def print_outcome(record, seconds, paper):
+def print_outcome(record, seconds, args):
     """What came of it, in words, and what to try next."""
     A_before = record["before"]["A"]
     A = record["after"]["A"]
@@ -591,20 +599,27 @@ def print_outcome(record, seconds, paper):
     print(f"done after {record['steps']} steps ({seconds:.0f} s): A from {A_before:.4f} to "
           f"{A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma (rms), samples like D_f from "
           f"{100 * first:.1f}% to {100 * last:.1f}%")
-    if A > 1:  # what a broken network draws does not look like D_f either
+    if first == 0 and last == 0:
+        print("nothing like D_f was seen in either: look at the picture, or take more --anchors")
+    elif A > 1:  # what a broken network draws does not look like D_f either
         also = "has lost more than D_f; try a larger --gamma, or a smaller --lr"
         if A_before > 1:
             also = "was so before the first step"
         print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
     elif first >= 0.01 and last > 0.2 * first:
-        also = "leave --paper away" if paper else "a larger --share, which pushes harder"
-        print(f"It is still there: try more --steps, or {also}")
+        also = "more --steps, or a larger --share, which pushes harder"
+        if args.gamma == 1:
+            also = "a smaller --gamma: 1 is B alone, which moves nothing"
+        elif args.paper:
+            also = "more --steps, or leave --paper away"
+        print(f"It is still there: try {also}")
 
 
 # --------------------------------------------------------------------------------------
 # The command line
 
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
+DIFFUSERS_FILE = "diffusion_pytorch_model.bin"  # as diffusers calls weights by torch.save
 
 
 def with_defaults(args, ours, paper):
@@ -639,6 +654,10 @@ def main(args):
     print(f"forgetting {args.forget_images or ', '.join(classes)}, from images {len(images):,}: "
           f"rho {args.share or rho:.3g}, {args.steps} steps of {args.batch_size} on {device}; "
           f"{origin}")
+    if args.paper:
+        same = gamma_paper(args.gamma, checkpoint, images)
+        print(f"gamma {args.gamma:g} here is gamma = {same:.8g} in the paper's sum over N_f images "
+              "and T steps, with --t-range 0 1")
 
     # Unlearn.
     unet = checkpoint.unet
@@ -647,15 +666,14 @@ def main(args):
     settings = {name: getattr(args, name) for name in OURS}
     try:
         record, before, after = forget(
-            unet, checkpoint.diffusion, posterior, images, rho, args.share, args.paper,
-            args.bound_weights, args.seed, progress=True, **settings)
+            unet, checkpoint.diffusion, posterior, images, rho, share=args.share, paper=args.paper,
+            bound_weights=args.bound_weights, seed=args.seed, progress=True, **settings)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written")
         raise
-    print_outcome(record, time.time() - began, args.paper)
+    print_outcome(record, time.time() - began, args)
 
-    # What was done, and how, goes into the file. The posterior does not: mu* is the
-    # model that knew what was to be forgotten.
+    # What was done, and how, goes into the file.
     record.update(
         classes=classes,
         images_from=args.forget_images,
@@ -664,27 +682,15 @@ def main(args):
         checkpoint=os.path.abspath(path),
         parent=parent,
         settings=vars(args))
-    contents = dict(checkpoint.raw)
-    contents.update(weights=unet.state_dict(), forgotten=record)
-    for key in ("posterior", "train"):
-        contents.pop(key, None)
-    save_checkpoint(output, contents, args.overwrite)
-    write_picture(picture, before, after, args.overwrite)
+    write_result(output, checkpoint, record, args.overwrite)
+    blocks = [to_uint8(samples[:64].cpu()) for samples in (before, after)]
+    write_images(picture, blocks, args.overwrite)
 
     print(f"cost: {cost_of(record['evaluations'], checkpoint)}")
     print(f"wrote {output}, and {picture}: before on the left, after on the right")
     if classes:
         more = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
         print(f"measure it: python evaluate.py --after {shlex.quote(output)}{more}")
-
-
-def write_picture(path, before, after, overwrite):
-    """Up to 8 x 8 samples before on the left, the same noise after on the right."""
-    grids = []
-    for samples in (before, after):
-        pixels = to_uint8(samples[:64].cpu())
-        grids.append(make_grid(pixels, pad_value=255))
-    write_images(path, torch.cat(grids, dim=2)[None], overwrite)
 
 
 def loss_in_words(args):
@@ -696,6 +702,16 @@ def loss_in_words(args):
     if args.bound_weights:
         loss += ", A with the bound's C_t"
     return loss.format(gamma=args.gamma)
+
+
+def gamma_paper(gamma, checkpoint, images):
+    """The gamma of the paper's own L, which sums over the N_f images and T steps: from
+    gamma_paper / (1 - gamma_paper) = N_f T (d/P) gamma / (1 - gamma), see (5)."""
+    if gamma == 1:
+        return 1.0
+    P = sum(p.numel() for p in checkpoint.unet.parameters())
+    odds = images.numel() * checkpoint.diffusion.T / P * gamma / (1 - gamma)  # N_f d T / P ...
+    return odds / (1 + odds)
 
 
 def cost_of(evaluations, checkpoint):
@@ -749,7 +765,27 @@ def choose_output(args, path, checkpoint, classes):
     picture = str(Path(output).with_suffix(".png"))
     check_output(output, args.overwrite, WEIGHTS)
     check_output(picture, args.overwrite)
+    if "diffusers" in checkpoint.raw:
+        check_output(Path(output).with_suffix("") / DIFFUSERS_FILE, args.overwrite)
     return output, picture
+
+
+def write_result(output, checkpoint, record, overwrite):
+    """Write the network that forgot, as a checkpoint; where diffusers saved the one
+    from before, as diffusers would, too."""
+    # The posterior stays behind: mu* is the model that knew what was to be forgotten.
+    contents = dict(checkpoint.raw)
+    contents.update(weights=checkpoint.unet.state_dict(), forgotten=record)
+    for key in ("posterior", "train"):
+        contents.pop(key, None)
+    save_checkpoint(output, contents, overwrite)
+    if "diffusers" in checkpoint.raw:
+        folder = Path(output).with_suffix("")
+        tensors = to_diffusers(checkpoint.unet, checkpoint.config["unet"]["num_res_blocks"])
+        save_checkpoint(folder / DIFFUSERS_FILE, tensors, overwrite)
+        for name, text in checkpoint.raw["diffusers"].items():
+            write_atomically(folder / name, lambda file: file.write(text.encode()), overwrite)
+        print(f"wrote {folder}, a folder for UNet2DModel.from_pretrained")
 
 
 def choose_posterior(args, path, checkpoint, device):
@@ -768,9 +804,8 @@ def choose_posterior(args, path, checkpoint, device):
             raise UserError(f"{file} is the mean of a whole training: give copies made on the way")
         return moment.unet.state_dict()
 
-    parameters = dict(checkpoint.unet.named_parameters())
     if args.posterior:
-        posterior = GaussianPosterior.from_checkpoints(args.posterior, parameters,
+        posterior = GaussianPosterior.from_checkpoints(args.posterior, checkpoint.unet,
                                                        weights_at_one_moment)
     elif checkpoint.posterior:
         posterior = GaussianPosterior(**checkpoint.posterior)
@@ -778,7 +813,7 @@ def choose_posterior(args, path, checkpoint, device):
         raise UserError(f"{path} holds no posterior yet: finish its training with python "
                         f"train_ddpm.py --resume --output {shlex.quote(path)}")
     else:
-        return guessed_posterior(parameters.items()), (
+        return guessed_posterior(checkpoint.unet.named_parameters()), (
             "sigma* is guessed, 2% of each tensor's scale (--posterior FILE FILE measures it)")
     return posterior.to(device), f"posterior of {posterior.n} checkpoints"
 
@@ -810,8 +845,9 @@ def load_forget_images(args, checkpoint, indices):
     return to_float(images[chosen]), n / data["images"]
 
 
-def add_unlearning_flags(p, ours, paper):
-    """The flags that vdu.py and sd_unlearn.py share; with their dicts of defaults."""
+def add_unlearning_flags(p, ours, paper, share):
+    """The flags that vdu.py and sd_unlearn.py share; with their dicts of defaults, and
+    what --share is by default, in words."""
     said = {k: f"(default: {ours[k]}, {paper[k]} with --paper)" for k in paper}
     p.add_argument("--paper", action="store_true", help="the paper's two terms alone, A and B")
     p.add_argument("--bound-weights", action="store_true", help="--paper with the bound's C_t")
@@ -823,8 +859,7 @@ def add_unlearning_flags(p, ours, paper):
                    help=f"shares of T between which A draws t; the paper: 0 1 {said['t_range']}")
     p.add_argument("--anchors", type=number(int, 10), help=f"own samples {said['anchors']}")
     p.add_argument("--share", type=number(float, 1e-6, 1 - 1e-6),
-                   help="rho, D_f's share of the data; more pushes harder (default: counted; "
-                   "0.1 for --forget-images, 0.5 for Stable Diffusion)")
+                   help=f"rho, D_f's share of the data; more pushes harder (default: {share})")
     p.add_argument("--posterior", nargs="+", help="mu*, sigma* from these files of one training")
 
 
@@ -838,7 +873,7 @@ def parser():
     p.add_argument("--output", help="default: CHECKPOINT-forget-CLASS.pt")
     p.add_argument("--forget-samples", type=number(int, 1), help="images per class (default: all)")
     p.add_argument("--data-root", help="folder of the dataset (default: as in training)")
-    add_unlearning_flags(p, OURS, PAPER)
+    add_unlearning_flags(p, OURS, PAPER, "counted; 0.1 for --forget-images")
     add_shared_flags(p)
     return p
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from pytest import MonkeyPatch, fixture, mark, raises
+from pytest import MonkeyPatch, approx, fixture, mark, raises
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
@@ -187,6 +187,29 @@ def test_the_picture_shows_the_same_noise_before_and_after(folder, name, unchang
     assert torch.equal(left, right) == unchanged
 
 
+def test_a_block_of_the_picture_for_each_model(folder):
+    line = f"ddpm.py {TRAINED} {TRAINED} {FORGOT} --n 4 --sampling-steps 3"
+    command(f"{line} --output blocks.png", folder)
+
+    first, second, third = pil_to_tensor(Image.open(folder / "blocks.png")).chunk(3, dim=2)
+
+    assert first.shape == (3, 10 + 2, 4 * 10 + 2)
+    assert torch.equal(first, second)  # of the same noise
+    assert not torch.equal(first, third)
+
+
+def test_a_model_of_diffusers_goes_back_to_diffusers(folder):
+    write(folder / "theirs", prediction_type="epsilon")
+
+    command(f"vdu.py --checkpoint theirs --forget-images images {FEW} --output back.pt", folder)
+
+    out = folder / "back"
+    ours = ddpm.load_checkpoint(folder / "back.pt").unet.state_dict()
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "scheduler_config.json", "diffusion_pytorch_model.bin"}
+    assert same(ours, ddpm.load_checkpoint(out).unet.state_dict())
+
+
 def test_ctrl_c_while_unlearning_writes_nothing(folder, monkeypatch):
     ctrl_c(monkeypatch, vdu, "stratified_timesteps", 3)
 
@@ -251,6 +274,8 @@ vdu.py --forget-class blue {FEW} --t-range 0 0.0004 | t_range needs
 vdu.py --forget-class blue {FEW} --steps 9 --lr 1e18 | became infinite at step | nothing was
 vdu.py --forget-class blue --bound-weights | --bound-weights belongs to --paper
 vdu.py --forget-class blue --paper --share 0.5 | --share has no part
+vdu.py --forget-images cat.png | cat.png is no folder
+vdu.py --forget-images nowhere | nowhere is no folder
 vdu.py --forget-class blue --device abacus | no device 'abacus'
 vdu.py --forget-class pink | no class 'pink' | blue; green
 vdu.py --forget-class blue --output x.txt | x.txt has to end in .pt
@@ -267,6 +292,8 @@ vdu.py --forget-class blue --checkpoint g1.pt | g1.pt has already forgotten some
 vdu.py --forget-class blue --posterior {TRAINED} g1.pt | {TRAINED} is the mean of a whole
 vdu.py --forget-class blue --posterior g1.pt {TRAINED} | g1.pt is no sample | unlearned
 vdu.py --forget-class blue --data-root nowhere | not in nowhere any more | --data-root
+ddpm.py {TRAINED} --output cat.png | cat.png exists
+ddpm.py {TRAINED} tests/none.pt | no checkpoint at tests/none.pt
 evaluate.py | results/images-forget-{RED}/report.json exists | --overwrite
 evaluate.py --after g1.pt --output other | other/g1/after.png exists
 evaluate.py --after g1.pt elsewhere/g1.pt | two files have the same name
@@ -301,19 +328,37 @@ def test_a_posterior_of_copies_made_on_the_way_has_their_mean(folder):
         assert torch.allclose(middle[k], v + 0.01, atol=1e-5)
 
 
-@mark.parametrize("A_before, A, like, paper, advice", [
-    (0.1, 0.2, 0.05, False, "still there: try more --steps, or a larger --share"),
-    (0.1, 0.2, 0.05, True, "still there: try more --steps, or leave --paper away"),
-    (0.1, 3.0, 0.05, False, "broken (A of a network that always says 0 is 1, here 3) and has"),
-    (3.0, 3.0, 0.05, False, "was so before the first step\n"),
+@mark.parametrize("A, like, flags, advice", [
+    ([0.1, 0.2], [0.1, 0.05], "", "still there: try more --steps, or a larger --share"),
+    ([0.1, 0.2], [0.1, 0.05], "--paper", "still there: try more --steps, or leave --paper away"),
+    ([0.1, 0.1], [0.1, 0.1], "--gamma 1", "still there: try a smaller --gamma"),
+    ([0.1, 0.2], [0.0, 0.0], "", "nothing like D_f was seen in either"),
+    ([0.1, 3.0], [0.1, 0.05], "", "broken (A of a network that always says 0 is 1, here 3) and"),
+    ([3.0, 3.0], [0.1, 0.05], "", "was so before the first step\n"),
 ])
-def test_what_came_of_it_is_said_with_what_to_try(capsys, A_before, A, like, paper, advice):
-    record = {"before": {"A": A_before}, "after": {"A": A}, "like_D_f": [0.1, like],
+def test_what_came_of_it_is_said_with_what_to_try(capsys, A, like, flags, advice):
+    record = {"before": {"A": A[0]}, "after": {"A": A[1]}, "like_D_f": like,
               "steps": 1, "moved_rms_sigma": 1}
+    args = vdu.parser().parse_args(["--forget-class", "1", *flags.split()])
 
-    vdu.print_outcome(record, seconds=1, paper=paper)
+    vdu.print_outcome(record, 1, args)
 
     assert advice in capsys.readouterr().out
+
+
+def test_the_papers_gamma_is_that_of_its_sum(folder):
+    """-(1-g) N_f T A_mean + g B_sum is L for A_mean per dimension, B_sum per parameter,
+    up to a factor, where g is the paper's."""
+    checkpoint = ddpm.load_checkpoint(folder / TRAINED)
+    P = sum(p.numel() for p in checkpoint.unet.parameters())
+    images = torch.zeros(5, 3, 8, 8)
+    d = 3 * 8 * 8
+
+    g = vdu.gamma_paper(0.3, checkpoint, images)
+
+    of_A = (1 - 0.3) / (1 - g)  # L's factor of A, as the mean over 5 images and 1000 steps
+    of_B = 0.3 * d / P / g
+    assert of_A / (5 * 1000) == approx(of_B)
 
 
 def test_a_full_disk_leaves_the_old_file(folder):

@@ -12,7 +12,7 @@ import evaluate
 from ddpm import UserError
 from evaluate import (against_retraining, drift, frechet_distance, percentage_of_unlearning,
                       warnings_of, worst_kept)
-from train_ddpm import to_float, to_uint8
+from ddpm import to_float, to_uint8
 
 parametrize = mark.parametrize
 NAN = approx(math.nan, nan_ok=True)
@@ -165,7 +165,7 @@ class Known:
         self.noise.append((n, shape, steps, eta, seed, series))
         return to_float(self.images[:n])
 
-    def variational_bound(self, unet, x0, steps):
+    def variational_bound(self, unet, x0, steps, progress):
         self.bounded.append(to_uint8(x0).tolist())
         return {"total": torch.full((len(x0),), float(self.number))}
 

@@ -117,6 +117,20 @@ def test_what_trainers_leave_beside_the_weights_is_read_past(tmp_path, value):
     assert ddpm.state_dict_of(raw)["w"].tolist() == [1, 1]
 
 
+def test_of_several_entries_it_is_said_which_was_taken(capsys):
+    raw = {"model": {"w": torch.zeros(1)}, "ema": {"w": torch.ones(1)}}
+
+    assert ddpm.state_dict_of(raw)["w"] == 1
+    assert "taking the entry 'ema', of ema, model" in capsys.readouterr().out
+
+
+def test_of_a_list_the_last_dictionary_is_taken():
+    """As DDIM's code saves: weights, optimizer, epoch, step, moving average."""
+    raw = [{"w": torch.zeros(1)}, {"state": {}}, 3, 400, {"module.w": torch.ones(1)}]
+
+    assert ddpm.state_dict_of(raw)["w"] == 1
+
+
 @parametrize("new_format", [True, False])
 @parametrize("function, argument", [
     (os.system, "touch {}"),
@@ -307,6 +321,40 @@ def test_a_folder_may_have_parts(tmp_path, test):
     assert levels_of(images) == [20, 40]
     assert test_labels.tolist() == [1]
     assert levels_of(test_images) == [60]
+
+
+def test_beside_other_folders_train_is_a_class(tmp_path):
+    folder_of(tmp_path, "bus/1.png", "car/2.png", "train/steam/3.png")
+
+    assert load_dataset("folder", tmp_path)[2]["classes"] == ["bus", "car", "train"]
+
+
+def test_parts_may_have_capitals(tmp_path):
+    folder_of(tmp_path, "Train/a/1.png", "Test/a/2.png")
+
+    images, _, data = load_dataset("folder", tmp_path, train=False)
+
+    assert data["classes"] == ["a"]
+    assert levels_of(images) == [40]
+
+
+@pytest.mark.parametrize("names, said", [
+    (["a/1.png", "test/a/2.png"], "test/ beside classes"),
+    (["caf\u00e9/1.png", "cafe\u0301/2.png"], "two folders that are both called"),
+])
+def test_folders_that_can_be_taken_in_two_ways_are_refused(tmp_path, names, said):
+    folder_of(tmp_path, *names)
+
+    with raises(UserError, match=said):
+        load_dataset("folder", tmp_path)
+
+
+def test_images_beside_the_classes_are_named(tmp_path, capsys):
+    folder_of(tmp_path, "a/1.png", "loose.png")
+
+    load_dataset("folder", tmp_path)
+
+    assert "passing over 1 files" in capsys.readouterr().out
 
 
 def test_a_folder_may_have_no_test_part(tmp_path):

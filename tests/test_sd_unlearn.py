@@ -15,10 +15,9 @@ from torch import nn
 from torchvision.utils import save_image
 
 import sd_unlearn
-from ddpm import Diffusion, UserError, per_image, run_command_line
+from ddpm import Diffusion, UserError, per_image, run_command_line, to_uint8
 from sd_unlearn import (KINDS, NEUTRAL_PROMPTS, PREFIX, SIZES, TEMPLATES, PromptedObjective,
                         Tokenizer, guided)
-from train_ddpm import to_uint8
 from vdu import guessed_posterior, unlearn
 
 DATA = Path(__file__).parent / "data"
@@ -409,6 +408,14 @@ def test_anchors_are_of_neutral_prompts_and_of_neighbours_that_must_stay(command
     kept = [(prompt, 2) for prompt in [*NEUTRAL_PROMPTS, *squares]]
     judged = ("a photo of a circle", 16)
     assert drawn == [*kept, judged, judged]
+
+
+def test_prompts_that_name_the_concept_are_no_anchors(command, drawn):
+    unlearned(command, "--anchors 30 --concept street")
+
+    prompts = {prompt for prompt, _ in drawn}
+    assert "a street" not in prompts
+    assert "a room" in prompts
 
 
 def test_a_step_takes_the_batches_asked_for(command, drawn):

@@ -1,6 +1,8 @@
 """What ships with the code: a model that a newcomer, without a network, sees forget a
 digit; the defaults of the three commands; README's Python."""
 
+from unittest.mock import Mock
+
 import torch
 from pytest import approx
 from torchvision.utils import save_image
@@ -72,6 +74,7 @@ class MyNetwork(Conv2d):
 def test_readmes_python_runs_as_printed(tmp_path, monkeypatch):
     """A network of one's own, three of its checkpoints, and a folder of images."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vdu.OURS, "anchors", 50)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_network.py").write_text(MY_NETWORK)
     (tmp_path / "to_forget").mkdir()
@@ -80,13 +83,21 @@ def test_readmes_python_runs_as_printed(tmp_path, monkeypatch):
     for name, layer in zip("abc", layers):
         torch.save(layer.state_dict(prefix="module."), f"{name}.pt")
     readme = (ROOT / "README.md").read_text()
-    code = readme.split("```python\n")[1].split("```")[0]
+    ours, papers, epsilon = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
     names = {}
 
-    exec(code, names)
+    exec(ours, names)
 
     mean = torch.stack([layer.weight for layer in layers]).mean(0)
     moved = torch.load("unlearned.pt")["weight"] - mean
     assert torch.allclose(names["posterior"].mean["weight"], mean, atol=1e-6)
-    assert names["record"]["steps"] == vdu.PAPER["steps"]
+    assert names["record"]["steps"] == vdu.OURS["steps"]
     assert moved.abs().max() > 1e-4
+
+    exec(papers, names)
+    assert names["record"]["steps"] == vdu.PAPER["steps"]
+
+    exec(epsilon, names)
+    unet = Mock(torch.nn.Module, return_value=Mock(sample=7))
+    assert names["Epsilon"](unet)(1, 2) == 7
+    unet.assert_called_once_with(1, 2)

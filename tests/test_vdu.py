@@ -19,8 +19,9 @@ import vdu
 from ddpm import Diffusion, UserError, per_image
 from train_ddpm import GaussianPosterior
 from unet import UNet
-from vdu import (FunctionSpaceObjective, Likeness, PaperObjective, guessed_posterior,
-                 middle_features, plasticity_loss, stability_loss, unlearn, vdu_loss)
+from vdu import (FunctionSpaceObjective, Likeness, PaperObjective, features_of_clean,
+                 guessed_posterior, middle_features, plasticity_loss, stability_loss, unlearn,
+                 vdu_loss)
 
 
 @fixture(autouse=True)
@@ -84,15 +85,22 @@ def posterior_of(tmp_path):
     for name, contents in files.items():
         torch.save(contents, tmp_path / name)
 
-    def of(names, parameters=THETA):
+    def of(names, net=ANYONES):
         paths = [str(tmp_path / name) for name in names]
-        return GaussianPosterior.from_checkpoints(paths, parameters)
+        return GaussianPosterior.from_checkpoints(paths, net)
 
     return of
 
 
+def net_of(seed):
+    """The network, as it was at that moment."""
+    net = torch.nn.BatchNorm1d(2)
+    net.load_state_dict(moment(seed))
+    return net
+
+
 def test_files_of_one_training_have_a_posterior(posterior_of):
-    posterior = posterior_of("abc")
+    posterior = posterior_of("abc", net_of(1))
 
     assert posterior.n == 3
     assert posterior.mean.keys() == THETA.keys()
@@ -103,10 +111,23 @@ def test_files_of_one_training_have_a_posterior(posterior_of):
 
 
 def test_the_posterior_is_where_the_parameters_are(posterior_of):
-    elsewhere = {k: p.to("meta") for k, p in THETA.items()}  # stands for an accelerator
+    elsewhere = torch.nn.LayerNorm(2, device="meta")  # stands for an accelerator
 
     assert posterior_of("ab", elsewhere).std["bias"].is_meta
-    assert posterior_of("ab").to("meta").std["bias"].is_meta
+    assert posterior_of("ab", net_of(0)).to("meta").std["bias"].is_meta
+
+
+def test_buffers_of_no_file_are_refused(posterior_of):
+    """Running means have no posterior: they are those of one of the files."""
+    with raises(UserError, match="running_mean.*load one of the checkpoints"):
+        posterior_of("ab", net_of(2))
+
+
+def test_frozen_layers_have_no_posterior(posterior_of):
+    net = net_of(0)
+    net.bias.requires_grad_(False)
+
+    assert list(posterior_of("ab", net).mean) == ["weight"]
 
 
 @mark.parametrize("names, said", [
@@ -116,7 +137,7 @@ def test_the_posterior_is_where_the_parameters_are(posterior_of):
     (["a", "wider"], "wider .*match.*weight")])
 def test_files_that_have_no_posterior_are_refused(posterior_of, names, said):
     with raises(UserError, match=said):
-        posterior_of(names)
+        posterior_of(names, net_of(0))
 
 
 # The loss and the loop
@@ -550,7 +571,7 @@ def test_likeness_is_the_share_of_d_f_and_rho_on_average():
 
 def test_features_have_the_same_noise_each_time(toy):
     unet, d, _ = toy
-    features = middle_features(unet, d)
+    features = features_of_clean(middle_features(unet, unet), d)
     x = toy_images(9)
 
     assert equal(features(x), features(x))
@@ -652,7 +673,7 @@ def test_the_file_is_named_after_what_was_forgotten(
         tmp_path, monkeypatch, path, source, classes, name):
     monkeypatch.chdir(tmp_path)
     args = SimpleNamespace(output=None, overwrite=False)
-    checkpoint = SimpleNamespace(data={"source": source})
+    checkpoint = SimpleNamespace(data={"source": source}, raw={})
 
     output, picture = vdu.choose_output(args, path, checkpoint, classes)
 
