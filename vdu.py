@@ -9,7 +9,8 @@ Reads    a checkpoint of train_ddpm.py (or, where there is none, the model of MN
          ships with the code), or diffusers' DDPM weights; images of what will be
          forgotten, of a class or in a folder. No retained image is used.
 Writes   a checkpoint, checkpoints/mnist-forget-1.pt, that records what was forgotten,
-         and a picture beside it: samples of the same noise before and after.
+         and a picture beside it: samples of the same noise before and after. For a
+         model of diffusers a folder that diffusers reads, too.
 Paper    VDU (arXiv 2510.04058), its method: the two terms, posterior, objective.
 """
 
@@ -462,9 +463,10 @@ def frozen_network(unet, posterior):
 
 
 def middle_features(net, frozen, *prompts):
-    """The features in which w is learned, as a function (x_t, t) -> (n, d): of a
-    network that returns its middle block's those, pooled to 2x2; of any other what it
-    predicts, pooled to 8x8. prompts: what it takes beside x_t and t, for one image."""
+    """The features in which w is learned, as a function (x_t, t) -> (n, d): the output
+    of the middle block, pooled to 2x2, where the network returns it; of any other
+    network its prediction, pooled to 8x8. prompts: what it takes beside x_t and t, for
+    one image."""
     def features(xt, t):
         expanded = [p.expand(len(xt), *p.shape[1:]) for p in prompts]
         if "return_middle" in inspect.signature(net.forward).parameters:
