@@ -555,7 +555,8 @@ def state_dict_of(raw):
     the prefix that DataParallel ("module.") or torch.compile ("_orig_mod.") puts before
     every name."""
     if isinstance(raw, list):
-        raw = {"ema": [part for part in raw if isinstance(part, dict)][-1]}
+        dictionaries = [part for part in raw if isinstance(part, dict)]
+        raw = dictionaries[-1] if dictionaries else {}
     while isinstance(raw, dict):
         found = [key for key in ("state_dict", "model_state_dict", "ema", "model")
                  if isinstance(raw.get(key), dict)]

@@ -129,6 +129,7 @@ def test_of_a_list_the_last_dictionary_is_taken():
     raw = [{"w": torch.zeros(1)}, {"state": {}}, 3, 400, {"module.w": torch.ones(1)}]
 
     assert ddpm.state_dict_of(raw)["w"] == 1
+    assert ddpm.state_dict_of([1, 2]) == {}
 
 
 @parametrize("new_format", [True, False])

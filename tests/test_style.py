@@ -54,7 +54,7 @@ def test_the_sources_are_these_six():
     assert {*ROOT.glob("*.py")} == {*SOURCES}
 
 
-@mark.parametrize("paths, limit", [(SOURCES, 29_000), (TESTS, 24_000)])
+@mark.parametrize("paths, limit", [(SOURCES, 29_000), (TESTS, 24_500)])
 def test_little_is_said(paths, limit):
     assert sum(counts_of(paths)) <= limit
 
