@@ -391,6 +391,14 @@ def test_several_models_are_rows_of_one_table(folder):
     assert g1["before"] | {"checkpoint": "g1.pt"} == g1["after"]  # gamma 1 changed nothing
 
 
+@mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_asks_for_a_stop_between_two_steps(name):
+    with ddpm.StopRequest() as stop:
+        signal.raise_signal(getattr(signal, name))
+
+    assert stop.requested
+
+
 def test_interrupted_training_resumes_to_the_same_result(folder, monkeypatch):
     """Twice: before the posterior begins, and when it holds two checkpoints."""
     ctrl_c(monkeypatch, train_ddpm, "training_step", 7, 31)

@@ -9,10 +9,9 @@ import torch
 from pytest import approx, fail, fixture, mark, raises
 
 import evaluate
-from ddpm import UserError
+from ddpm import UserError, to_float, to_uint8
 from evaluate import (against_retraining, drift, frechet_distance, percentage_of_unlearning,
                       warnings_of, worst_kept)
-from ddpm import to_float, to_uint8
 
 parametrize = mark.parametrize
 NAN = approx(math.nan, nan_ok=True)
@@ -21,6 +20,16 @@ NAN = approx(math.nan, nan_ok=True)
 def normal(n, d, seed):
     """Unit noise, (n, d)."""
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_sample_has_no_frechet_distance():
+    assert math.isnan(frechet_distance(normal(9, 4, seed=1), normal(1, 4, seed=2)))
+
+
+def test_an_unlearned_file_may_end_in_pth(tmp_path):
+    torch.save({"forgotten": {"classes": ["1"]}}, tmp_path / "new.pth")
+
+    assert evaluate.newest_unlearned(tmp_path) == str(tmp_path / "new.pth")
 
 
 def test_the_frechet_distance_is_a_nuclear_norm_where_points_are_few():
@@ -310,6 +319,7 @@ def test_an_untouched_model_is_at_1_and_a_retrained_one_at_0():
     (2, 2, 0.9, 20, "before draws nothing like the images"),
     (1, 2, 0.45, 20, "45%"),
     (1, 2, 0.9, 2, "2 before are too few"),
+    (1, 2, 0.9, 0, "PUL is undefined"),
 ])
 def test_what_makes_counts_worthless_is_told(u_fid, after, accuracy, count, said):
     before = {"u_fid": u_fid, "u_fid_of_a_point": 2, "forgotten_count": count}
