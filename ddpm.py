@@ -148,7 +148,7 @@ class Diffusion(nn.Module):
         ValueError for a network that returns another shape."""
         with autocast(xt.device):
             eps_theta = unet(xt, t)
-        if eps_theta.shape != xt.shape:  # a loss would stretch the one to the other
+        if eps_theta.shape != xt.shape:  # a loss would broadcast, and say nothing
             raise ValueError(f"the network returns {tuple(eps_theta.shape)} for images of "
                              f"{tuple(xt.shape)}")
         return eps_theta
@@ -655,8 +655,8 @@ def read_unet_config(path):
     # A head's channels divide the width, wherever there is attention; None: one head.
     attending = [width for width, attn in zip(widths, attends) if attn]
     common = math.gcd(widths[-1], *attending)  # the middle always has it
-    possible["attention_head_dim"] = [None]
-    possible["attention_head_dim"] += [n for n in range(1, common + 1) if common % n == 0]
+    divisors = [n for n in range(1, common + 1) if common % n == 0]
+    possible["attention_head_dim"] = [None, *divisors]
     possible["downsample_padding"] = [0, 1]
     possible["out_channels"] = [config["in_channels"]]
     # DDPM's embedding puts the sines first, and its frequencies end one sooner.
@@ -800,7 +800,7 @@ def from_diffusers(tensors, file):
           f"schedule, T = {T}, predicts {prediction}")
     config = {"unet": arguments, "image_shape": image_shape, "schedule": schedule,
               "timesteps": T, "velocity": velocity}
-    # Its own words, for to_diffusers.
+    # Its JSON files as text: vdu.py writes them beside the result.
     described = {path.name: path.read_text() for path in (config_file, scheduler) if path.exists()}
     return {"weights": weights, "config": config, "data": data, "posterior": None, "step": 0,
             "diffusers": described}
@@ -980,7 +980,6 @@ def main(args):
         raise UserError(f"these models draw images of different shapes: {sorted(shapes)}")
     blocks = []
     for model in models:
-        print(f"sampling from {model.path}")
         blocks.append(draw(model, args.n, args.sampling_steps, args.seed))
     write_images(args.output, blocks, args.overwrite)
     print(f"wrote {args.output}: from left to right {', '.join(args.checkpoints)}")

@@ -601,13 +601,14 @@ def print_outcome(record, seconds, args):
     print(f"done after {record['steps']} steps ({seconds:.0f} s): A from {A_before:.4f} to "
           f"{A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma (rms), samples like D_f from "
           f"{100 * first:.1f}% to {100 * last:.1f}%")
-    if first == 0 and last == 0:
-        print("nothing like D_f was seen in either: look at the picture, or take more --anchors")
-    elif A > 1:  # what a broken network draws does not look like D_f either
+    if A > 1:  # what a broken network draws does not look like D_f either
         also = "has lost more than D_f; try a larger --gamma, or a smaller --lr"
         if A_before > 1:
             also = "was so before the first step"
         print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
+    elif first == last == 0:
+        print("nothing like D_f was seen before or after: look at the picture, or take more "
+              "--anchors")
     elif first >= 0.01 and last > 0.2 * first:
         also = "more --steps, or a larger --share, which pushes harder"
         if args.gamma == 1:
@@ -621,7 +622,6 @@ def print_outcome(record, seconds, args):
 # The command line
 
 DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
-DIFFUSERS_FILE = "diffusion_pytorch_model.bin"  # as diffusers calls weights by torch.save
 
 
 def with_defaults(args, ours, paper):
@@ -709,11 +709,9 @@ def loss_in_words(args):
 def gamma_paper(gamma, checkpoint, images):
     """The gamma of the paper's own L, which sums over the N_f images and T steps: from
     gamma_paper / (1 - gamma_paper) = N_f T (d/P) gamma / (1 - gamma), see (5)."""
-    if gamma == 1:
-        return 1.0
     P = sum(p.numel() for p in checkpoint.unet.parameters())
-    odds = images.numel() * checkpoint.diffusion.T / P * gamma / (1 - gamma)  # N_f d T / P ...
-    return odds / (1 + odds)
+    weight = images.numel() * checkpoint.diffusion.T / P * gamma  # numel is N_f d
+    return weight / (weight + 1 - gamma)
 
 
 def cost_of(evaluations, checkpoint):
@@ -767,14 +765,18 @@ def choose_output(args, path, checkpoint, classes):
     picture = str(Path(output).with_suffix(".png"))
     check_output(output, args.overwrite, WEIGHTS)
     check_output(picture, args.overwrite)
-    if "diffusers" in checkpoint.raw:
-        check_output(Path(output).with_suffix("") / DIFFUSERS_FILE, args.overwrite)
+    folder = Path(output).with_suffix("")
+    if "diffusers" in checkpoint.raw and folder.exists():
+        # diffusers would read the other file
+        if not args.overwrite or list(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} exists, and a folder for diffusers is to be written there: "
+                            "choose another --output")
     return output, picture
 
 
 def write_result(output, checkpoint, record, overwrite):
-    """Write the network that forgot, as a checkpoint; where diffusers saved the one
-    from before, as diffusers would, too."""
+    """Write the network that forgot, as a checkpoint; and, if the one from before came
+    from diffusers, a folder in its layout."""
     # The posterior stays behind: mu* is the model that knew what was to be forgotten.
     contents = dict(checkpoint.raw)
     contents.update(weights=checkpoint.unet.state_dict(), forgotten=record)
@@ -784,7 +786,7 @@ def write_result(output, checkpoint, record, overwrite):
     if "diffusers" in checkpoint.raw:
         folder = Path(output).with_suffix("")
         tensors = to_diffusers(checkpoint.unet, checkpoint.config["unet"]["num_res_blocks"])
-        save_checkpoint(folder / DIFFUSERS_FILE, tensors, overwrite)
+        save_checkpoint(folder / "diffusion_pytorch_model.bin", tensors, overwrite)
         for name, text in checkpoint.raw["diffusers"].items():
             write_atomically(folder / name, lambda file: file.write(text.encode()), overwrite)
         print(f"wrote {folder}, a folder for UNet2DModel.from_pretrained")

@@ -118,7 +118,6 @@ def train():
     train_unet(networks["unet"], latents, contexts)
 
     torch.save({"state_dict": state_of(networks)}, "toy.ckpt")
-    Path("circles").mkdir()
     for i in range(16):
         write_images(f"circles/{i}.png", [to_uint8(shapes(1, "circle"))])
 
