@@ -557,16 +557,14 @@ def state_dict_of(raw):
     if isinstance(raw, list):
         dictionaries = [part for part in raw if isinstance(part, dict)]
         raw = dictionaries[-1] if dictionaries else {}
-    while isinstance(raw, dict):
-        found = [key for key in ("state_dict", "model_state_dict", "ema", "model")
-                 if isinstance(raw.get(key), dict)]
-        if not found:
-            break
+    if not isinstance(raw, dict):
+        return {}
+    # One below the other, where there are several.
+    names = ("state_dict", "model_state_dict", "ema", "model")
+    while found := [name for name in names if isinstance(raw.get(name), dict)]:
         if len(found) > 1:
             print(f"taking the entry {found[0]!r}, of {', '.join(found)}")
         raw = raw[found[0]]
-    if not isinstance(raw, dict):
-        return {}
     tensors = {}
     for name, v in raw.items():
         if isinstance(v, torch.Tensor):
@@ -801,7 +799,8 @@ def from_diffusers(tensors, file):
     config = {"unet": arguments, "image_shape": image_shape, "schedule": schedule,
               "timesteps": T, "velocity": velocity}
     # Its JSON files as text: vdu.py writes them beside the result.
-    described = {path.name: path.read_text() for path in (config_file, scheduler) if path.exists()}
+    described = {path.name: path.read_text("utf-8-sig") for path in (config_file, scheduler)
+                 if path.exists()}
     return {"weights": weights, "config": config, "data": data, "posterior": None, "step": 0,
             "diffusers": described}
 

@@ -164,12 +164,12 @@ class GaussianPosterior:
             for k, p in parameters.items():
                 theta[k] = theta[k].to(p.device)
             posterior.update(theta)
-            has_buffers |= all(torch.equal(tensors[k].to(v), v) for k, v in buffers.items()
-                               if k in tensors)
+            if all(torch.equal(tensors[k].to(v), v) for k, v in buffers.items() if k in tensors):
+                has_buffers = True
         if len(digests) < max(2, len(paths)):
             raise UserError("a posterior needs two checkpoints or more, all different")
         if not has_buffers:  # running means of batches, for one
-            raise UserError(f"the network's buffers ({', '.join(buffers)}) are of none of these "
+            raise UserError(f"the network's buffers ({', '.join(buffers)}) match none of these "
                             "files: load one of the checkpoints into it first")
         return posterior
 

@@ -467,9 +467,11 @@ def middle_features(net, frozen, *prompts):
     of the middle block, pooled to 2x2, where the network returns it; of any other
     network its prediction, pooled to 8x8. prompts: what it takes beside x_t and t, for
     one image."""
+    has_middle = "return_middle" in inspect.signature(net.forward).parameters
+
     def features(xt, t):
         expanded = [p.expand(len(xt), *p.shape[1:]) for p in prompts]
-        if "return_middle" in inspect.signature(net.forward).parameters:
+        if has_middle:
             h = frozen(xt, t, *expanded, return_middle=True)  # (n, C', h, w)
             return adaptive_avg_pool2d(h, 2).flatten(1)
         return adaptive_avg_pool2d(frozen(xt, t, *expanded), 8).flatten(1)
@@ -544,9 +546,9 @@ def forget(net, diffusion, posterior, images, rho, share=None, features=None, pa
     (N, C, H, W) in [-1, 1], of D_f.  rho: D_f's share of the training data.  share:
     that which weighs the push, rho unless given.  features: (x_t, t) -> (n, d), in
     which w is learned; middle_features unless given.  settings: any of OURS, or with
-    paper=True of PAPER.  Returns (record, before, after): what
-    `unlearn` returns, with the share of samples like D_f, and the network evaluations;
-    and samples of the same noise, (n, C, H, W)."""
+    paper=True of PAPER.  Returns (record, before, after): what `unlearn` returns, with
+    the share of samples like D_f, and the network evaluations; and samples of the same
+    noise, (n, C, H, W)."""
     settings = {**(PAPER if paper else OURS), **settings}
     counter = count_evaluations(net)
     net.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; it holds no buffers
@@ -767,7 +769,7 @@ def choose_output(args, path, checkpoint, classes):
     check_output(picture, args.overwrite)
     folder = Path(output).with_suffix("")
     if "diffusers" in checkpoint.raw and folder.exists():
-        # diffusers would read the other file
+        # --overwrite cannot help beside .safetensors, which diffusers reads first
         if not args.overwrite or list(folder.glob("*.safetensors")):
             raise UserError(f"{folder} exists, and a folder for diffusers is to be written there: "
                             "choose another --output")
