@@ -380,9 +380,6 @@ def load_checkpoint(path, device="cpu"):
         published = state_dict_of(raw)
         if "time_embedding.linear_1.weight" in published:
             raw = from_diffusers(published, file)
-        elif "temb.dense.0.weight" in published:
-            raise UserError(f"{path} is in the layout of DDPM's TensorFlow code, which is not read "
-                            "here: take the same weights as diffusers has them")
         elif any(name.startswith("model.diffusion_model.") for name in published):
             raise UserError(f"{path} is a Stable Diffusion checkpoint: sd_unlearn.py is for those")
         data = {"root": None, **raw["data"]}
@@ -406,7 +403,7 @@ def load_checkpoint(path, device="cpu"):
     except UserError:
         raise
     except Exception as e:  # a file may hold anything under any name
-        what = f"{type(e).__name__}: {first_line(e)[:120]}"
+        what = f"{type(e).__name__}: {first_line(e)}"
         raise UserError(f"{path} holds no model of this code, nor diffusers' DDPM ({what})") from e
     check_finite(path, unet.state_dict())
     if posterior:
@@ -502,7 +499,7 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
         raise UserError(f"{path} was refused: no file of weights, or it asks for {asks[0]} (of a "
                         "network save net.state_dict(), not net itself)") from e
     except Exception as e:  # over other bytes a reader of pickles can fail in any way
-        raise UserError(f"{path} is damaged or cut short ({first_line(e)[:80]})") from e
+        raise UserError(f"{path} is damaged or cut short ({first_line(e)})") from e
 
 
 def may_stand_in(module):
@@ -550,21 +547,21 @@ def read_safetensors(path):
 
 
 def state_dict_of(raw):
-    """{name: tensor} of what a file holds: of itself, below the name that trainers use,
-    or of a list's last dictionary (DDIM's code keeps its moving average there). Without
-    the prefix that DataParallel ("module.") or torch.compile ("_orig_mod.") puts before
-    every name."""
+    """{name: tensor} of what a file holds: of itself, of an entry that has one of the
+    names that trainers use, or of the last in a list (DDIM's code keeps its moving
+    average there). Without the prefix that DataParallel ("module.") or torch.compile
+    ("_orig_mod.") puts before every name."""
     if isinstance(raw, list):
-        dictionaries = [part for part in raw if isinstance(part, dict)]
-        raw = dictionaries[-1] if dictionaries else {}
+        raw = next(filter(state_dict_of, reversed(raw)), {})  # the last that holds weights
     if not isinstance(raw, dict):
         return {}
-    # One below the other, where there are several.
+    # Entries may hold entries.
     names = ("state_dict", "model_state_dict", "ema", "model")
-    while found := [name for name in names if isinstance(raw.get(name), dict)]:
-        if len(found) > 1:
-            print(f"taking the entry {found[0]!r}, of {', '.join(found)}")
-        raw = raw[found[0]]
+    found = [name for name in names if state_dict_of(raw.get(name))]
+    if len(found) > 1:
+        print(f"taking the entry {found[0]!r}, of {', '.join(found)}")
+    if found:
+        return state_dict_of(raw[found[0]])
     tensors = {}
     for name, v in raw.items():
         if isinstance(v, torch.Tensor):
@@ -777,7 +774,7 @@ def from_diffusers(tensors, file):
     wanted = {name for theirs in names.values() for name in theirs}
     differ = sorted(wanted ^ set(tensors))  # in one of the two alone
     if differ:
-        raise ValueError(f"the network lacks, or has beside, {len(differ)} tensors: {differ[:3]}")
+        raise ValueError(f"{len(differ)} tensors are missing or too many: {differ[:3]}")
 
     # Attention is a matrix there and a 1x1 convolution here: the same numbers.
     weights = {}
@@ -827,8 +824,9 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    """The first line of an exception's message, or its type's name without one."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    """The first line of an exception's message, cut to fit into another; or its type's
+    name without one."""
+    return str(error).partition("\n")[0][:120] or type(error).__name__
 
 
 def run_command_line(main):
@@ -839,7 +837,7 @@ def run_command_line(main):
     try:
         main()
     except (UserError, OSError) as e:
-        print(f"error: {first_line(e)}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):
@@ -943,7 +941,7 @@ def pick_device(name="auto"):
     try:
         return torch.zeros(1, device=name).device  # fails where there is none
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"no device {name!r} here ({first_line(e)[:80]}); try --device cpu") from e
+        raise UserError(f"no device {name!r} here ({first_line(e)}); try --device cpu") from e
 
 
 def autocast(device):

@@ -549,6 +549,8 @@ def forget(net, diffusion, posterior, images, rho, share=None, features=None, pa
     paper=True of PAPER.  Returns (record, before, after): what `unlearn` returns, with
     the share of samples like D_f, and the network evaluations; and samples of the same
     noise, (n, C, H, W)."""
+    if not set(settings) <= set(OURS):
+        raise TypeError(f"the settings are {list(OURS)}, not {list(settings)}")
     settings = {**(PAPER if paper else OURS), **settings}
     counter = count_evaluations(net)
     net.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; it holds no buffers

@@ -486,7 +486,6 @@ def test_a_tensor_too_few_or_too_many_is_named(name, tensor, tmp_path):
 
 
 @parametrize("name, word", [
-    ("temb.dense.0.weight", "TensorFlow"),
     ("model.diffusion_model.x", "sd_unlearn.py"),
     ("time_embedding.linear_1.weight", "config.json is not beside it"),
 ])

@@ -124,10 +124,14 @@ def test_of_several_entries_it_is_said_which_was_taken(capsys):
     assert "taking the entry 'ema', of ema, model" in capsys.readouterr().out
 
 
-def test_of_a_list_the_last_dictionary_is_taken():
-    """As DDIM's code saves: weights, optimizer, epoch, step, moving average."""
-    raw = [{"w": torch.zeros(1)}, {"state": {}}, 3, 400, {"module.w": torch.ones(1)}]
-
+@parametrize("raw", [
+    # as DDIM's code saves: weights, optimizer, epoch, step, moving average
+    [{"w": torch.zeros(1)}, {"state": {}}, 3, 400, {"module.w": torch.ones(1)}],
+    [{"w": torch.ones(1)}, {"state": {}}],
+    {"w": torch.ones(1), "ema": {"step": 3}},
+    {"state_dict": {}, "model": {"ema": {"w": torch.ones(1)}}},
+])
+def test_weights_are_found_where_they_are(raw):
     assert ddpm.state_dict_of(raw)["w"] == 1
     assert ddpm.state_dict_of([1, 2]) == {}
 
@@ -218,6 +222,8 @@ GREY = Image.fromarray(np.uint8(LEVELS))
 WIDE = Image.fromarray(np.uint16(LEVELS) * 257)
 PALETTE = GREY.convert("P")
 PALETTE.info["transparency"] = 200  # this level
+CLEAR = WIDE.copy()
+CLEAR.info["transparency"] = 200 * 257
 
 
 @parametrize("name, image, expected", [
@@ -227,6 +233,7 @@ PALETTE.info["transparency"] = 200  # this level
     ("la.png", Image.merge("LA", [GREY, GREY]), [[255, 194], [212, 255]]),
     ("p.png", PALETTE, [[0, 100], [255, 255]]),
     ("cmyk.tiff", GREY.convert("CMYK"), LEVELS),
+    ("16bit-a.png", CLEAR, [[0, 100], [255, 255]]),
     ("sides.png", GREY.crop((-3, 0, 5, 2)), LEVELS),
 ])
 def test_pixels_are_what_a_viewer_shows(tmp_path, name, image, expected):

@@ -232,6 +232,7 @@ def test_left_is_forgotten_and_right_is_kept():
         empty=PROMPTS[2:],
         rho=0.5)
 
+    assert objective.weight_of_forget == 0.5  # rho, not rho/K
     unlearn(net, posterior, objective, lr=10.0, steps=150, adam=True)
 
     assert net.means.tolist() == pytest.approx([0.1 + 3 * 0.8, 0.7, 0.1], abs=0.02)

@@ -81,7 +81,8 @@ def posterior_of(tmp_path):
         "b": moment(1),
         "c": {"state_dict": moment(2), "epoch": 3},
         "less": {"weight": ones(2)},
-        "wider": {**moment(1), "weight": ones(3)}}
+        "wider": {**moment(1), "weight": ones(3)},
+        "nan": {**moment(1), "weight": math.nan * ones(2)}}
     for name, contents in files.items():
         torch.save(contents, tmp_path / name)
 
@@ -123,6 +124,11 @@ def test_buffers_of_no_file_are_refused(posterior_of):
         posterior_of("ab", net_of(2))
 
 
+def test_a_frozen_network_has_no_posterior(posterior_of):
+    with raises(UserError, match="require a gradient"):
+        posterior_of("ab", net_of(0).requires_grad_(False))
+
+
 def test_frozen_layers_have_no_posterior(posterior_of):
     net = net_of(0)
     net.bias.requires_grad_(False)
@@ -134,6 +140,7 @@ def test_frozen_layers_have_no_posterior(posterior_of):
     ("a", "two"),
     ("aba", "differ"),
     (["a", "less"], "less .*match.*bias"),
+    (["a", "nan"], "nan is broken: weight"),
     (["a", "wider"], "wider .*match.*weight")])
 def test_files_that_have_no_posterior_are_refused(posterior_of, names, said):
     with raises(UserError, match=said):
@@ -406,6 +413,11 @@ def test_gamma_1_goes_to_the_mean_and_stays_there(toy, paper):
     assert same(posterior.mean, net.state_dict())
     assert equal(before, after)
     assert record["before"] == record["after"]
+
+
+def test_a_setting_that_is_none_is_refused(toy):
+    with raises(TypeError, match="batch_size.*not .*'batch'"):
+        vdu.forget(*toy, toy_images(9), rho=0.5, batch=16)
 
 
 @fixture(scope="module")
