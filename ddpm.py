@@ -547,10 +547,10 @@ def read_safetensors(path):
 
 
 def state_dict_of(raw):
-    """{name: tensor} of what a file holds: of itself, of an entry that has one of the
-    names that trainers use, or of the last in a list (DDIM's code keeps its moving
-    average there). Without the prefix that DataParallel ("module.") or torch.compile
-    ("_orig_mod.") puts before every name."""
+    """{name: tensor} of what a file holds. Of a list: of its last item with weights
+    (DDIM's code keeps its moving average there). Of a dictionary: of its first entry in
+    `names` that has weights, else its own. The prefixes of DataParallel ("module.") and
+    torch.compile ("_orig_mod.") are taken off."""
     if isinstance(raw, list):
         raw = next(filter(state_dict_of, reversed(raw)), {})  # the last that holds weights
     if not isinstance(raw, dict):

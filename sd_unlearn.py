@@ -94,12 +94,12 @@ OURS = dict(
     lr=0.25,
     steps=300,
     batch_size=2,
-    accumulate=8,        # batches per step: 16 images of D_f, in the memory of 2
+    accumulate=8,        # batches per step: 16 images of D_f, 2 at once (and 2 kept)
     adam=True,
     t_range=[0.2, 1.0],
-    anchors=48,          # images of other prompts, drawn by theta*
+    anchors=48,          # images of other prompts, drawn by theta*; as many of each
     parameters="cross-attention")  # where the prompt enters: 5% of the U-Net
-PAPER = dict(
+PAPER = dict(            # the paper's loss; gamma in vdu.py's unit. Chosen by us
     OURS,
     gamma=0.0002,
     lr=0.03,
@@ -110,19 +110,20 @@ PAPER = dict(
 CHECK_SAMPLES = 16  # for the concept's prompt, before and after
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}",
              "a close-up photo of a {}", "a painting of a {}", "a photo of a {} in a scene")
-# The empty prompt must stay: guidance subtracts what the model predicts for it.
+# The empty prompt is among them: guidance uses its prediction, which must not change.
 NEUTRAL_PROMPTS = ("", "a photo of a person", "a photo of an animal", "a photo of food",
                    "a photo of a building", "a photo of a landscape", "a photo of an object",
                    "a painting", "a portrait", "a street", "a room", "a drawing")
 
 
 class PromptedObjective(FunctionSpaceObjective):
-    """The three terms with prompts, of which theta* itself predicts both: for the empty
-    one what all images say (eps_theta* in (b) of vdu.py), for the concept's what D_f
-    says (eps_f). So the target is (b)'s minimum itself, without noise. (It is that of
-    ESD, Gandikota et al. 2023.)  empty: (1, L, E)."""
+    """FunctionSpaceObjective with prompts. In (b) of vdu.py, theta* with the empty
+    prompt stands for eps_theta*, that of all images, and with the concept's prompt for
+    eps_f, that of D_f. So (b)'s minimum, for its K = infinity, is known without noise.
+    It is the target: eps_theta* + w/(1-w) (eps_theta* - eps_f), as in ESD (Gandikota et
+    al. 2023).  empty: (1, L, E)."""
 
-    K = 3.0  # w / (1-w) of (b): of images like x_t, three in four are of D_f
+    K = 3.0  # not (b)'s K: w/(1-w), as if of images like x_t three in four were of D_f
 
     def __init__(self, *args, empty, **kwargs):
         super().__init__(*args, **kwargs)
@@ -130,8 +131,9 @@ class PromptedObjective(FunctionSpaceObjective):
         self.weight_of_forget = self.rho  # no noise to damp: not rho/K
 
     def eps_target(self, xt, t, eps, eps_f):
-        """eps_theta* + K (eps_theta* - eps_f): eps_f, the prediction for the concept's
-        prompt, is what FunctionSpaceObjective computed with the prompts of D_f."""
+        """eps_theta* + K (eps_theta* - eps_f), eps_theta* for the empty prompt. With
+        the prompts of D_f FunctionSpaceObjective has computed eps_f, which it hands
+        over as its eps_star. eps, the noise, is not used."""
         prompts = self.empty.expand(len(xt), -1, -1)
         eps_star = self.frozen(xt, t, prompts).float()
         return eps_star + self.K * (eps_star - eps_f)
@@ -157,9 +159,9 @@ def run_unlearn(args):
     n_moving = sum(mean.numel() for mean in posterior.mean.values())
     print(f"forgetting {args.concept!r}: images {len(images)}, of {args.size} pixels, moving "
           f"{n_moving / 1e6:.1f}M parameters, steps: {args.steps}, on {device}; posterior of "
-          f"{posterior.n} checkpoints (of 1: sigma* is guessed)")
+          f"{posterior.n} checkpoints (with 1, sigma* is a guess)")
 
-    # Unlearn, and look at the same noise before and after.
+    # Unlearn; and draw from the same noise before and after.
     counter = count_evaluations(model.unet)
     objective, likeness = choose_objective(model, posterior, to_float(images), args)
 
@@ -185,7 +187,7 @@ def run_unlearn(args):
 
 
 def draw(model, prompt, n, seed, args):
-    """n latents for a prompt, on the model's device. 20 steps show what is in them."""
+    """n latents for a prompt, on the model's device: 20 steps, guidance 5."""
     latents = sample_latents(model, prompt, n, args.size, 20, 5.0, seed, args.batch_size)
     return latents.to(model.diffusion.beta.device)
 
@@ -232,7 +234,8 @@ def choose_objective(model, posterior, images, args):
     kept = torch.cat(kept)
     kept_context = model.context(others).repeat_interleave(each, 0)
 
-    # Taken to hold nothing of D_f. Together with D_f itself, its share is known.
+    # `kept` is taken to hold nothing of D_f. So in both together the share of D_f is
+    # known: they stand for theta*'s own samples, in which w is learned.
     empty = model.context([""])
     both = torch.cat([forget, kept])
     features = middle_features(model.unet, frozen, empty)
@@ -278,7 +281,8 @@ def check_size(model, size):
 
 
 def sample_latents(model, prompt, n, size, steps, guidance, seed=0, batch_size=4, progress=False):
-    """n latents (n, 4, h, w) for one prompt, by DDIM, on the CPU. size: in pixels."""
+    """n latents (n, 4, h, w) for one prompt, by DDIM, returned on the CPU. size: in
+    pixels."""
     check_size(model, size)
     side = size // model.autoencoder.factor  # latent pixels
     shape = (model.autoencoder.z_channels, side, side)

@@ -146,15 +146,16 @@ class GaussianPosterior:
     @classmethod
     def from_checkpoints(cls, paths, net, read=lambda path: state_dict_of(read_file(path))):
         """mu* and sigma* over files of one training, read one at a time.
-        net: the network; of its parameters those that require a gradient. Buffers have
-        no posterior, and stay as net has them: those of one of the files.  read: path
-        -> {name: tensor}.  Raises UserError for fewer than two files, for equal ones,
-        for those of another network, or for buffers of none of them."""
+        net: the network; those of its parameters are taken that require a gradient. Its
+        buffers have no posterior and stay as they are; where files hold buffers, they
+        must equal those of one file.  read: path -> {name: tensor}.  Raises UserError
+        for fewer than two files, for equal ones, for numbers that are not finite, for
+        those of another network, or for other buffers."""
         parameters = moving_parameters(net)
         buffers = dict(net.named_buffers())
         posterior = cls()
         digests = set()
-        has_buffers = False  # of one of the files
+        has_buffers = False  # of one of the files, or of one that holds none
         for path in paths:
             # Its parameters, which must be the network's.
             tensors = read(path)
@@ -621,8 +622,8 @@ def read_rows(path):
 def list_folder(root, train, classes):
     """(paths, labels, classes) of a folder with one sub-folder of images per class, or
     with train/ and test/ (or val/) of such. classes: as in load_dataset."""
-    # Its parts, by any of their usual names. Without a test part, and beside other
-    # folders, train is a class.
+    # train/ and a test part (the first, if there are several), in any capitals. With
+    # other folders beside it, and no test part, train/ is a class like them.
     tests = []
     others = []
     here = root
@@ -634,8 +635,8 @@ def list_folder(root, train, classes):
         else:
             others.append(name)
     if here == root and tests:
-        raise UserError(f"{root} has {tests[0].name}/ beside classes: their folders belong in "
-                        "train/")
+        raise UserError(f"{root} has {tests[0].name}/ but no train/: the folders of the classes "
+                        "belong in train/")
     if others and not tests:
         here = root
     elif others:
@@ -749,13 +750,13 @@ def open_image(path):
     with Image.open(path) as file:
         kind = file.format
         image = ImageOps.exif_transpose(file)
-    unknown = image.mode == "I" and kind not in ("PNG", "PPM")  # those have 16 bits
+    unknown = image.mode == "I" and kind not in ("PNG", "PPM")  # in which "I" is 16 bits
     if image.mode == "F" or unknown:
         raise ValueError("its pixels are 32-bit numbers of unknown range")
     if image.mode.startswith("I"):  # one channel of 16 bits: 0 .. 65535 = 257 * 255
         grey = np.asarray(image)
         levels = (grey / 257).round()  # 0 .. 255
-        levels[grey == image.info.get("transparency")] = 255
+        levels[grey == image.info.get("transparency")] = 255  # the grey that is none
         image = Image.fromarray(levels.astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -429,11 +430,26 @@ def test_a_step_takes_the_batches_asked_for(command, drawn):
     assert more == 8 * with_gradient
 
 
-def test_at_gamma_1_what_moves_is_at_the_mean_of_several_checkpoints(command, tiny, drawn):
+@pytest.fixture
+def moments(tiny):
+    """Three checkpoints, 0.pt, 1.pt and 2.pt: tiny, and 0.01 and 0.02 away from it."""
     for i in range(3):
         moment = {k: v + 0.01 * i for k, v in tiny.items()}
         torch.save(moment, f"{i}.pt")
 
+
+def test_what_is_drawn_first_is_drawn_by_the_mean_of_several_checkpoints(moments, tiny):
+    unet = load(tiny).unet
+    args = SimpleNamespace(parameters="all", posterior=["0.pt", "1.pt", "2.pt"])
+
+    sd_unlearn.choose_moving(unet, args)
+
+    for k, p in unet.named_parameters():
+        assert torch.allclose(p, tiny[PREFIX["unet"] + k] + 0.01, atol=1e-5)
+
+
+def test_at_gamma_1_what_moves_is_at_the_mean_of_several_checkpoints(
+        command, tiny, moments, drawn):
     after = unlearned(command, "--posterior 0.pt 1.pt 2.pt --gamma 1")
 
     for k, v in after["state_dict"].items():
