@@ -975,9 +975,7 @@ def main(args):
     shapes = {tuple(model.config["image_shape"]) for model in models}
     if len(shapes) > 1:
         raise UserError(f"these models draw images of different shapes: {sorted(shapes)}")
-    blocks = []
-    for model in models:
-        blocks.append(draw(model, args.n, args.sampling_steps, args.seed))
+    blocks = [draw(model, args.n, args.sampling_steps, args.seed) for model in models]
     write_images(args.output, blocks, args.overwrite)
     print(f"wrote {args.output}: from left to right {', '.join(args.checkpoints)}")
 

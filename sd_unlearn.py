@@ -162,7 +162,7 @@ def run_unlearn(args):
           f"{posterior.n} checkpoints (with 1, sigma* is a guess)")
 
     # Unlearn; and draw from the same noise before and after.
-    counter = count_evaluations(model.unet)
+    counter, _ = count_evaluations(model.unet)
     objective, likeness = choose_objective(model, posterior, to_float(images), args)
 
     def share_of_concept():

@@ -503,15 +503,16 @@ def features_of_clean(features, diffusion, progress=False):
 
 def count_evaluations(net):
     """A dict whose "evaluations" grows with each image that passes `net`: by 1, or by 3
-    with a gradient, as a backward pass costs two forward ones."""
+    with a gradient, as a backward pass costs two forward ones. And the hook that counts
+    them, which can be removed."""
     counter = {"evaluations": 0}
 
     def count(module, inputs):
         passes = 3 if torch.is_grad_enabled() else 1
         counter["evaluations"] += passes * len(inputs[0])
 
-    net.register_forward_pre_hook(count)
-    return counter
+    hook = net.register_forward_pre_hook(count)
+    return counter, hook
 
 
 # --------------------------------------------------------------------------------------
@@ -552,13 +553,12 @@ def forget(net, diffusion, posterior, images, rho, share=None, features=None, pa
     if not set(settings) <= set(OURS):
         raise TypeError(f"the settings are {list(OURS)}, not {list(settings)}")
     settings = {**(PAPER if paper else OURS), **settings}
-    counter = count_evaluations(net)
+    counter, hook = count_evaluations(net)
     net.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; it holds no buffers
 
     # What theta* itself draws stands for the data, less what is of D_f.
     def draw(n):
-        shape = tuple(images.shape[1:])
-        samples = diffusion.sample(net, n, shape, 25, 1.0, seed, progress=progress,
+        samples = diffusion.sample(net, n, images.shape[1:], 25, 1.0, seed, progress=progress,
                                    series="own samples")
         return samples.to(images.device)
 
@@ -587,8 +587,8 @@ def forget(net, diffusion, posterior, images, rho, share=None, features=None, pa
     before = own[:CHECK_SAMPLES]
     after = draw(len(before))
     was_like = share_like(likeness.of_own[:CHECK_SAMPLES])
-    is_like = share_like(likeness(after))
-    record.update(like_D_f=[was_like, is_like], **counter)
+    record.update(like_D_f=[was_like, share_like(likeness(after))], **counter)
+    hook.remove()
     return record, before, after
 
 
