@@ -494,8 +494,7 @@ def write_json(path, value, overwrite):
 def newest_unlearned(folder):
     """The newest checkpoint of vdu.py in `folder`. Raises UserError for none."""
     paths = [path for path in Path(folder).glob("*") if path.suffix.lower() in WEIGHTS]
-    paths.sort(key=os.path.getmtime)  # the oldest first
-    for path in reversed(paths):
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
         with contextlib.suppress(UserError):  # a broken file is not the one that is looked for
             raw = read_file(path, lazy=True)  # the numbers stay on disk
             if isinstance(raw, dict) and raw.get("forgotten"):

@@ -24,7 +24,6 @@ Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f, and mu* 
 import argparse
 import math
 import os
-import time
 import unicodedata
 from pathlib import Path
 
@@ -121,8 +120,9 @@ def posterior_start(steps):
 
 class GaussianPosterior:
     """p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2) (VDU's approximation).
-    mean, std: {name: tensor} like the parameters, mu* and sigma*.  n: of how many
-    checkpoints. Made from these three, or without arguments and filled by `update`."""
+    mean, std: {name: tensor} like the parameters, mu* and sigma*, in memory of their
+    own.  n: of how many checkpoints. Made from these three, or without arguments and
+    filled by `update`."""
 
     def __init__(self, mean=None, std=None, n=0):
         self.mean = mean or {}
@@ -136,8 +136,9 @@ class GaussianPosterior:
         1962). sigma* means something from the second on."""
         self.n += 1
         for k, p in dict(parameters).items():
+            p = p.float()
             old = self.mean.get(k, 0.0)
-            new = old + (p.float() - old) / self.n
+            new = old + (p - old) / self.n
             self.m2[k] = self.m2.get(k, 0.0) + (p - old) * (p - new)
             self.mean[k] = new
             variance = self.m2[k] / max(1, self.n - 1)  # without bias
@@ -468,9 +469,8 @@ def main(args):
     if saved is not None:
         run.restore(saved, device)
 
-    began = time.time()
     train(run, images, device)
-    print(f"wrote {output} ({time.time() - began:.0f} s), loss {run.loss:.4f}")
+    print(f"wrote {output}, loss {run.loss:.4f}")
     samples = run.diffusion.sample(run.unet, 64, image_shape, 25, seed=settings["seed"])
     write_images(grid, [to_uint8(samples)], settings["overwrite"])
     print(f"wrote {grid}, a grid of samples")
@@ -480,7 +480,7 @@ def main(args):
 # Datasets
 
 MNIST_5K = Path(__file__).parent / "tests" / "data" / "mnist_5k.npz"
-SHIPPED = Path(__file__).parent / "tests" / "data" / "mnist.pt"
+SHIPPED = MNIST_5K.with_name("mnist.pt")
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 DIGITS = list("0123456789")
 # name: where its published files lie in the folder that is given as its root
@@ -628,7 +628,7 @@ def list_folder(root, train, classes):
     others = []
     here = root
     for name, path in subfolders(root).items():
-        if name.lower() == "train":
+        if name.lower() == "train" and here == root:
             here = path
         elif name.lower() in ("test", "val", "valid", "validation"):
             tests.append(path)

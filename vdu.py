@@ -201,12 +201,12 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
     unit = getattr(objective, "unit", 1.0)
 
     before = numbers_on_one_batch(objective, net, seed)
+    net.zero_grad()  # of what came before
     finite = True
     with tqdm(range(steps), desc="unlearning", unit="step", disable=not progress) as bar:
         for step in bar:
             if adam:  # whose steps do not shrink by themselves
-                decay = (1 - step / steps) ** 2
-                optimizer.param_groups[0]["lr"] = lr * decay
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
 
             # dL/dtheta, a mean over batches
             for _ in range(accumulate):

@@ -346,6 +346,14 @@ def test_parts_may_have_capitals(tmp_path):
     assert levels_of(images) == [40]
 
 
+def test_a_second_training_part_is_named(tmp_path, capsys):
+    folder_of(tmp_path, "Train/a/1.png", "test/a/2.png", "train/a/3.png")
+
+    load_dataset("folder", tmp_path)
+
+    assert "passing over the folders train" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("names, said", [
     (["a/1.png", "test/a/2.png"], "test/ but no train/"),
     (["caf\u00e9/1.png", "cafe\u0301/2.png"], "two folders that are both called"),
