@@ -552,16 +552,17 @@ def state_dict_of(raw):
     `names` that has weights, else its own. The prefixes of DataParallel ("module.") and
     torch.compile ("_orig_mod.") are taken off."""
     if isinstance(raw, list):
-        raw = next(filter(state_dict_of, reversed(raw)), {})  # the last that holds weights
+        return next(filter(None, map(state_dict_of, reversed(raw))), {})  # the last not empty
     if not isinstance(raw, dict):
         return {}
     # Entries may hold entries.
     names = ("state_dict", "model_state_dict", "ema", "model")
-    found = [name for name in names if state_dict_of(raw.get(name))]
+    entries = {name: state_dict_of(raw.get(name)) for name in names}
+    found = [name for name in names if entries[name]]
     if len(found) > 1:
         print(f"taking the entry {found[0]!r}, of {', '.join(found)}")
     if found:
-        return state_dict_of(raw[found[0]])
+        return entries[found[0]]
     tensors = {}
     for name, v in raw.items():
         if isinstance(v, torch.Tensor):
@@ -823,10 +824,10 @@ class UserError(ValueError):
     """What the user can mend: one line, exit code 2."""
 
 
-def first_line(error):
+def first_line(error, length=120):
     """The first line of an exception's message, cut to fit into another; or its type's
-    name without one."""
-    return str(error).partition("\n")[0][:120] or type(error).__name__
+    name without one. length: None leaves it whole."""
+    return str(error).partition("\n")[0][:length] or type(error).__name__
 
 
 def run_command_line(main):
@@ -837,7 +838,7 @@ def run_command_line(main):
     try:
         main()
     except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {first_line(e, None)}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):

@@ -101,6 +101,13 @@ POSTERIOR_EVERY = 5        # steps: the weights of neighbours hardly differ
 SIGMA_FLOOR = 1e-8         # sigma* of a weight that never moved: tiny, but no 0 to divide by
 
 
+def set_missing(settings, defaults):
+    """Give those settings that are None, or not there, their defaults."""
+    for name, value in defaults.items():
+        if settings.get(name) is None:
+            settings[name] = value
+
+
 def learning_rate(step, steps, lr):
     """Warm up over 200 steps, fall to a tenth, hold it while the posterior gathers.
     The fall settles the weights; the constant rate keeps them wandering about one
@@ -451,15 +458,13 @@ def main(args):
         large = device.type != "cpu" and settings["dataset"] != "mnist"
         settings["model"] = "base" if large else "small"
     unet, defaults = NETWORKS[settings["model"]](image_shape)
-    for name, value in defaults.items():
-        if settings.get(name) is None:
-            settings[name] = value
+    set_missing(settings, defaults)
     config = {"unet": unet, "timesteps": TIMESTEPS, "image_shape": image_shape,
               "schedule": settings["schedule"], "velocity": settings["velocity"]}
 
-    classes = data["classes"]
     print(f"{title_of(data)}: {len(images):,} images of {'x'.join(map(str, image_shape))} "
-          f"({data['source']}) in {len(classes)} classes ({', '.join(classes[:20])}), "
+          f"({data['source']}) in {len(data['classes'])} classes "
+          f"({', '.join(data['classes'][:20])}), "
           f"{settings['model']} U-Net, {settings['steps']:,} steps of {settings['batch_size']} "
           f"on {device}")
     if device.type == "cuda" and images.nbytes < 2**32:

@@ -33,7 +33,7 @@ from ddpm import (WEIGHTS, UserError, add_shared_flags, autocast, check_output, 
                   stratified_timesteps, to_diffusers, to_float, to_uint8, write_atomically,
                   write_images)
 from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indices, load_data_of,
-                        load_images, moving_parameters)
+                        load_images, moving_parameters, set_missing)
 
 # --------------------------------------------------------------------------------------
 # The loss, from the KL divergence to the formula
@@ -611,8 +611,7 @@ def print_outcome(record, seconds, args):
             also = "was so before the first step"
         print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
     elif first == last == 0:
-        print("nothing like D_f was seen before or after: look at the picture, or take more "
-              "--anchors")
+        print("nothing like D_f was seen before or after: look at the picture")
     elif first >= 0.01 and last > 0.2 * first:
         also = "more --steps, or a larger --share, which pushes harder"
         if args.gamma == 1:
@@ -638,9 +637,7 @@ def with_defaults(args, ours, paper):
     if args.t_range and args.t_range[0] >= args.t_range[1]:
         raise UserError("--t-range needs LOW < HIGH")
     settings = vars(args).copy()
-    for name, value in (paper if args.paper else ours).items():
-        if settings.get(name) is None:
-            settings[name] = value
+    set_missing(settings, paper if args.paper else ours)
     return argparse.Namespace(**settings)
 
 

@@ -120,8 +120,8 @@ def test_what_trainers_leave_beside_the_weights_is_read_past(tmp_path, value):
 def test_of_several_entries_it_is_said_which_was_taken(capsys):
     raw = {"model": {"w": torch.zeros(1)}, "ema": {"w": torch.ones(1)}}
 
-    assert ddpm.state_dict_of(raw)["w"] == 1
-    assert "taking the entry 'ema', of ema, model" in capsys.readouterr().out
+    assert ddpm.state_dict_of({"state_dict": raw})["w"] == 1
+    assert capsys.readouterr().out == "taking the entry 'ema', of ema, model\n"
 
 
 @parametrize("raw", [

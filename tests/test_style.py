@@ -15,7 +15,8 @@ from conftest import ROOT
 ORDER = ["unet", "ddpm", "train_ddpm", "vdu", "evaluate", "sd_unlearn"]
 SOURCES = [ROOT / f"{name}.py" for name in ORDER]
 SCRIPT = ROOT / "tests" / "sd_toy.py"  # which pytest passes over
-TESTS = sorted({*(ROOT / "tests").glob("*.py")} - {SCRIPT})
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+COLLECTED = [path for path in TESTS if path != SCRIPT]
 LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER)
 
@@ -55,7 +56,7 @@ def test_the_sources_are_these_six():
     assert {*ROOT.glob("*.py")} == {*SOURCES}
 
 
-@mark.parametrize("paths, limit", [(SOURCES, 29_000), (TESTS, 24_000), ([SCRIPT], 1_050)])
+@mark.parametrize("paths, limit", [(SOURCES, 29_000), (COLLECTED, 24_000), ([SCRIPT], 1_050)])
 def test_little_is_said(paths, limit):
     assert sum(counts_of(paths)) <= limit
 
@@ -95,7 +96,7 @@ def test_every_fifth_line_of_code_is_commented():
     assert comments >= len(counts_of(SOURCES)) / 5
 
 
-@mark.parametrize("path", [*SOURCES, *TESTS, SCRIPT], ids=lambda path: path.stem)
+@mark.parametrize("path", SOURCES + TESTS, ids=lambda path: path.stem)
 def test_no_line_is_too_wide(path):
     _, prose, _ = measure(path)
     for i, line in enumerate(path.read_text().splitlines(), 1):
