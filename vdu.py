@@ -1,7 +1,7 @@
 """Variational Diffusion Unlearning: make a DDPM forget, from a few images of it.
 
     python vdu.py --forget-class 1
-    python vdu.py --checkpoint anyone.ckpt --forget-images my_images
+    python vdu.py --checkpoint ddpm-cifar10-32 --forget-images my_images
 
 Holds    the derivation, the losses, the objective, the loop; below a rule what goes
          beyond the paper; last the command line. The posterior is in train_ddpm.py.
@@ -61,11 +61,12 @@ from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indi
 #     DDPM bounds, with weights C_t that make each summand a KL divergence:
 #         -log p(x_0 | theta) <= sum_t C_t E || eps - eps_theta(x_t, t) ||^2 + const.
 #     The sum is the plasticity inducer A; -A stands for log p(D_f | theta). (C_t = 1
-#     is DDPM's training loss and the default; --bound-weights takes the bound's.)
+#     is DDPM's training loss, and --paper's; --bound-weights takes the bound's.)
 #     This is the method's leap: A with C_t, plus constants, is an UPPER bound on
 #     -log p(D_f | theta), and to raise an upper bound guarantees nothing about what it
-#     bounds. So evaluate.py measures the likelihood, too. A has no ceiling, and L no
-#     floor: B, a quadratic, holds it near mu* alone, where a local minimum is sought.
+#     bounds. The "bits" of evaluate.py are such a bound, too: no proof. A has no
+#     ceiling, and L no floor: B, a quadratic, holds it near mu* alone, where a local
+#     minimum is sought.
 #
 # (5) Their sum, with a factor to balance them:
 #         L(theta) = -(1 - gamma) A + gamma B.
@@ -185,8 +186,8 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
     adam: its steps in z in place of SGD's.  accumulate: batches per step.  Sets torch's
     global seed; train or eval mode is the caller's choice.  Returns {"steps", "before",
     "after": the objective's numbers, of one and the same batch, "moved_rms_sigma"}.
-    Raises UserError if the posterior is of another network, or if loss or weights
-    become infinite or nan; net is at mu* then."""
+    Raises UserError if the posterior is of another network (net is untouched), or if
+    loss or weights become infinite or nan (net is at mu* then)."""
     # The steps are in whitened coordinates z = (theta - mu*) / sigma*, in which the
     # posterior is N(0, I) and B = |z|^2 / 2. A step of SGD in z moves theta_i by
     # -(lr/unit) sigma*_i^2 dL/dtheta_i: what training pinned down hardly moves. (Adam
@@ -385,10 +386,11 @@ class FunctionSpaceObjective(PaperObjective):
     frozen: eps_theta*, called as unet is.  kept: (M, C, H, W), theta*'s samples that
     are not of D_f.  kept_context: (M, L, E), their encoded prompts, where the network
     takes any.  rho: the share of D_f in the training data, or more, to push harder.
-    Others: PaperObjective's."""
+    The means over t are in one density on t_range (see ratio); elsewhere D_f has no
+    part. Others: PaperObjective's."""
 
     K = 20.0  # how far past eps_theta* the push may lead, in multiples of eps_theta* - eps
-    LEAST = 0.003  # abar_t counts as no less: near t = T it is 0
+    LEAST = 0.003  # abar_t counts as no less: near t = T it is almost 0
 
     def __init__(self, diffusion, *args, frozen, kept, rho, kept_context=None, **kwargs):
         super().__init__(diffusion, *args, **kwargs)
@@ -400,7 +402,7 @@ class FunctionSpaceObjective(PaperObjective):
 
         # Half of the kept images' t, and more, are of t_range (see draw_kept). There
         # they are `ratio` times as dense in t as those of D_f. The error of D_f is
-        # multiplied by it: so both count, at each t, as in (b).
+        # multiplied by it: so both count as in (b), at each t of t_range.
         near = self.batch_size // 2 / self.batch_size
         self.ratio = near + (1 - near) * (self.high - self.low) / diffusion.T
 
@@ -522,7 +524,7 @@ def count_evaluations(net):
 CHECK_SAMPLES = 300  # that the self-check draws: 1% of them is 3
 EXAMPLES = 1000      # images of D_f from which w is learned, at most
 OURS = dict(
-    gamma=3e-5,         # a little of B: it ends no further from retraining than none
+    gamma=3e-5,         # a little of B: as near to retraining as with none
     lr=1.0,             # of Adam, in sigma*; it falls to 0
     steps=180,          # with all else it costs a fifth of train_ddpm.py's training
     batch_size=64,      # of D_f, and as many of theta*'s samples
@@ -544,12 +546,12 @@ def forget(net, diffusion, posterior, images, rho, share=None, features=None, pa
     """Make `net` forget `images`, in place: all that main does between two files.
 
     net: an nn.Module, called as net(x_t, t).  diffusion, posterior: its own.  images:
-    (N, C, H, W) in [-1, 1], of D_f.  rho: D_f's share of the training data.  share:
-    that which weighs the push, rho unless given.  features: (x_t, t) -> (n, d), in
-    which w is learned; middle_features unless given.  settings: any of OURS, or with
-    paper=True of PAPER.  Returns (record, before, after): what `unlearn` returns, with
-    the share of samples like D_f, and the network evaluations; and samples of the same
-    noise, (n, C, H, W)."""
+    (N, C, H, W) in [-1, 1], of D_f.  rho: D_f's share of the training data.  share: in
+    the push alone, another rho.  features: (x_t, t) -> (n, d), in which w is learned;
+    middle_features unless given.  settings: any of OURS, or with paper=True of PAPER.
+    Returns (record, before, after): what `unlearn` returns, with the share of samples
+    like D_f, and the network evaluations; and samples of the same noise, (n, C, H, W).
+    Raises TypeError for another setting, UserError as `unlearn` does."""
     if not set(settings) <= set(OURS):
         raise TypeError(f"the settings are {list(OURS)}, not {list(settings)}")
     settings = {**(PAPER if paper else OURS), **settings}
@@ -583,7 +585,7 @@ def forget(net, diffusion, posterior, images, rho, share=None, features=None, pa
     record = unlearn(net, posterior, objective, settings["lr"], settings["steps"],
                      settings["adam"], settings["accumulate"], seed, progress)
 
-    # The same noise again, as the network itself judges it.
+    # The self-check: the same noise before and after; theta*'s features judge both.
     before = own[:CHECK_SAMPLES]
     after = draw(len(before))
     was_like = share_like(likeness.of_own[:CHECK_SAMPLES])
@@ -864,7 +866,7 @@ def add_unlearning_flags(p, ours, paper, share):
                    help=f"shares of T between which A draws t; the paper: 0 1 {said['t_range']}")
     p.add_argument("--anchors", type=number(int, 10), help=f"own samples {said['anchors']}")
     p.add_argument("--share", type=number(float, 1e-6, 1 - 1e-6),
-                   help=f"rho, D_f's share of the data; more pushes harder (default: {share})")
+                   help=f"rho of the push: more pushes harder (default: {share})")
     p.add_argument("--posterior", nargs="+", help="mu*, sigma* from these files of one training")
 
 
