@@ -25,6 +25,7 @@ import pickle
 import re
 import signal
 import sys
+import tempfile
 import zipfile
 from collections import OrderedDict, namedtuple
 from pathlib import Path
@@ -169,7 +170,7 @@ class Diffusion(nn.Module):
         return (eps - eps_theta).square().flatten(1).mean(1)  # (B, C, H, W) -> (B,)
 
     @torch.no_grad()
-    def variational_bound(self, unet, x0, steps=None, seed=0, progress=False):
+    def variational_bound(self, unet, x0, steps=None, seed=0):
         """-log p_theta(x_0) <= L_0 + sum_t L_{t-1} + L_T (eq. 5), bits/dimension.
 
         x0: (B, C, H, W) images of 256 grey levels, scaled to [-1, 1].  steps=None
@@ -190,7 +191,7 @@ class Diffusion(nn.Module):
         # means (eq. 12), and `spread` for their variances.
         grid, stands_for = bound_grid(self.T, steps)
         L_t = torch.zeros(len(x0), len(grid), dtype=torch.float64)
-        for i in tqdm(range(len(grid))[::-1], "bound", unit="t", disable=not progress):
+        for i in tqdm(range(len(grid))[::-1], "bound", unit="t"):
             t, eps = noise_at(grid[i], x0, generator)
             error = D * float64(self.simple_loss(unet, x0, t, eps))  # (B,)
             ratio = float64(self.posterior_variance[t]) / float64(self.beta[t])
@@ -242,27 +243,22 @@ class Diffusion(nn.Module):
         return abar_prev.sqrt() * x0 + rest.sqrt() * eps + sigma * z
 
     @torch.no_grad()  # not inference_mode, in which autocast caches nothing
-    def sample(self, unet, n, shape, steps=None, eta=0.0, seed=0, batch_size=None, clip=True,
-               progress=False, series=""):
+    def sample(self, unet, n, shape, steps=None, eta=0.0, seed=0, batch_size=125, clip=True,
+               series=""):
         """n samples of p_theta, shape (C, H, W): (n, C, H, W) float32, on the CPU.
 
         steps=S: through S evenly spaced steps, all T for None; with eta = 1 that is
         DDPM's ancestral sampling.  The noise of image i depends on (series, seed, i)
-        alone.  Raises UserError if S is not in 1 .. T, or if an image is not finite."""
-        if steps is not None and not 1 <= steps <= self.T:
-            raise UserError(f"sampling steps must be from 1 to {self.T}, not {steps}")
+        alone.  Raises UserError if an image is not finite."""
         # The steps, from T-1 down to 0.
         grid = np.linspace(self.T - 1, 0, steps or self.T)
         grid = grid.round().astype(int).tolist()
         following = [*grid[1:], -1]  # the step after the last is the clean image
         device = self.alpha_bar.device
-        if batch_size is None:  # measured: more is no faster
-            batch_size = 125 if device.type == "cpu" else 500
 
         out = torch.empty(n, *shape)  # (n, C, H, W)
         series_number = crc32(series.encode())
-        bar = tqdm(total=n * len(grid), desc="sampling", unit="img*step", unit_scale=True,
-                   disable=not progress)
+        bar = tqdm(total=n * len(grid), desc="sampling", unit="img*step", unit_scale=True)
         # Autocast around the loop, too: each weight is cast once and not at every step.
         with autocast(device), bar:
             for images in torch.arange(n).split(batch_size):
@@ -345,15 +341,14 @@ def write_images(path, blocks, overwrite=False, nrow=8):
 # --------------------------------------------------------------------------------------
 # The checkpoint file: a dictionary of tensors and plain values, by torch.save
 
-class Checkpoint(namedtuple("_", "unet diffusion posterior config data step forgotten path raw")):
+class Checkpoint(namedtuple("_", "unet diffusion posterior config data forgotten path raw")):
     """What load_checkpoint returns.
 
     unet        UNet with the weights theta*, in eval mode, called as unet(x, t)
     diffusion   Diffusion with the schedule that it was trained with
-    posterior   {"mean", "std": dicts of tensors, "n"}, or None where training kept none
+    posterior   {"mean", "std": dicts of tensors, "n"}, or None where the file has none
     config      {"unet": arguments, "schedule", "timesteps", "velocity", "image_shape"}
     data        which images exactly: {"name", "source", "classes", "excluded", ...}
-    step        training steps done
     forgotten   None, or what vdu.py unlearned, from which checkpoint, and how
     path        the file that it is from
     raw         the file's whole dictionary"""
@@ -380,49 +375,30 @@ def load_checkpoint(path, device="cpu"):
         published = state_dict_of(raw)
         if "time_embedding.linear_1.weight" in published:
             raw = from_diffusers(published, file)
-        elif any(name.startswith("model.diffusion_model.") for name in published):
+        elif "model.diffusion_model.out.2.weight" in published:
             raise UserError(f"{path} is a Stable Diffusion checkpoint: sd_unlearn.py is for those")
-        data = {"root": None, **raw["data"]}
-        missing = {"name", "source", "classes", "excluded"} - set(data)
-        if missing:
-            raise ValueError(f"its data lacks {missing}")
 
         unet, diffusion = build(raw["config"], device)
         unet.load_state_dict(raw["weights"])  # theta*
-        posterior = read_posterior(raw.get("posterior"), unet)
-        checkpoint = Checkpoint(
+        check_finite(path, raw["weights"])
+        posterior = raw.get("posterior")
+        for part in ("mean", "std") if posterior else ():
+            check_finite(path, posterior[part])
+            posterior[part] = {k: v.float() for k, v in posterior[part].items()}
+        return Checkpoint(
             unet=unet.eval(),
             diffusion=diffusion,
             posterior=posterior,
             config=raw["config"],
-            data=data,
-            step=int(raw["step"]),
+            data={"root": None, **raw["data"]},
             forgotten=raw.get("forgotten"),
             path=os.fspath(path),
             raw=raw)
-    except UserError:
+    except (UserError, PermissionError):
         raise
     except Exception as e:  # a file may hold anything under any name
         what = f"{type(e).__name__}: {first_line(e)}"
         raise UserError(f"{path} holds no model of this code, nor diffusers' DDPM ({what})") from e
-    check_finite(path, unet.state_dict())
-    if posterior:
-        check_finite(path, posterior["mean"])
-        check_finite(path, posterior["std"])
-    return checkpoint
-
-
-def read_posterior(saved, unet):
-    """A checkpoint's posterior in float32; None where it has none. Raises ValueError
-    for that of another network, KeyError for a tensor that is missing."""
-    if not saved:
-        return None
-    mean = {k: v.float() for k, v in saved["mean"].items()}
-    std = {k: v.float() for k, v in saved["std"].items()}
-    for k, p in unet.named_parameters():
-        if not mean[k].shape == std[k].shape == p.shape:
-            raise ValueError(f"the posterior of {k} is of another shape")
-    return {"mean": mean, "std": std, "n": int(saved["n"])}
 
 
 def save_checkpoint(path, contents, overwrite=False):
@@ -446,6 +422,12 @@ def digest(tensors):
     return sha.hexdigest()[:16]
 
 
+# Packages for whose objects no StandIn may stand in. The few of Python's own that are
+# left out hold plain values.
+REFUSED = {"torch", *sys.stdlib_module_names} - {
+    "argparse", "collections", "datetime", "pathlib", "typing"}
+
+
 class StandIn:
     """What a class of another package becomes when a file is read. It does nothing."""
 
@@ -466,14 +448,9 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
     other packages beside the weights (a trainer's callbacks, arguments, dates, paths)
     are read as StandIns; torch refuses any other. lazy=True leaves the numbers on disk
     until they are used. Raises UserError for another file."""
-    # What a path can be beside a file of weights.
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder: name a file in it")
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: {hint}")
-    if re.search(r"-\d+-of-\d+\.", path):
-        raise UserError(f"{path} is one shard of several: save the model as one file first")
     try:
         if is_safetensors(path):
             return read_safetensors(path)
@@ -486,7 +463,8 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
         stand_ins = []
         for name in asked_for:
             module, _, last = name.rpartition(".")
-            if may_stand_in(module):
+            package = module.split(".")[0]
+            if package not in REFUSED or module.startswith("torch.optim."):
                 stand_ins.append(type(last, (StandIn,), {"__module__": module}))
 
         # By this ending torch.load takes a path to be in the safetensors format.
@@ -502,23 +480,11 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
         raise UserError(f"{path} is damaged or cut short ({first_line(e)})") from e
 
 
-def may_stand_in(module):
-    """Whether a StandIn may be put in the place of a module's classes: those of other
-    packages, and the few of Python's own that hold plain values."""
-    harmless = {"argparse", "collections", "datetime", "pathlib", "typing"}
-    package = module.split(".")[0]
-    if module.startswith("torch.optim."):  # a schedule of the learning rate
-        return True
-    return package in harmless or package not in {*sys.stdlib_module_names, "torch"}
-
-
 # The safetensors format: 8 bytes that count the header's, the header in JSON (name ->
 # dtype, shape, first and last byte of the data), then the data of all tensors.
 SAFETENSORS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def is_safetensors(path):
@@ -619,17 +585,15 @@ SCHEDULER = {
 
 
 def read_json(path):
-    """The dictionary in a JSON file. Raises UserError for a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as e:
-        raise UserError(f"{path} is damaged: {first_line(e)}") from e
+    """The dictionary in a JSON file. Raises ValueError for a damaged one."""
+    return json.loads(path.read_text("utf-8-sig"))
 
 
-def refuse_others(path, config, possible):
-    """Raise UserError that names the entries with other values than the possible."""
-    wrong = [f"{name} = {config[name]}" for name, values in possible.items()
-             if config[name] not in values]
+def refuse_others(path, config, ours):
+    """Raise UserError that names the entries whose values are not as in `ours`; names
+    that begin with "_" are notes."""
+    wrong = [f"{name} = {value}" for name, value in config.items()
+             if value != ours[name] and not name.startswith("_")]
     if wrong:
         raise UserError(f"{path} is of a network that this code cannot be: {', '.join(wrong)}")
 
@@ -640,68 +604,59 @@ def read_unet_config(path):
     config = {**FREE, **FIXED, **read_json(path)}
     widths = config["block_out_channels"]  # of each level
     attends = ["Attn" in kind for kind in config["down_block_types"]]
-    sin_first = not config["flip_sin_to_cos"]
-
-    # An entry of which this code has not heard must be empty; "_..." are notes.
-    possible = {}
-    for name in config:
-        if name not in FREE and not name.startswith("_"):
-            possible[name] = [FIXED.get(name)]
-    possible["sample_size"] = range(1, 10_000)
-    # A head's channels divide the width, wherever there is attention; None: one head.
-    attending = [width for width, attn in zip(widths, attends) if attn]
-    common = math.gcd(widths[-1], *attending)  # the middle always has it
-    divisors = [n for n in range(1, common + 1) if common % n == 0]
-    possible["attention_head_dim"] = [None, *divisors]
-    possible["downsample_padding"] = [0, 1]
-    possible["out_channels"] = [config["in_channels"]]
-    # DDPM's embedding puts the sines first, and its frequencies end one sooner.
-    possible["freq_shift"] = [1 if sin_first else 0]
-    # Widths are multiples of the first.
-    multiples = [max(1, width // widths[0]) for width in widths]  # UNet's channel_mult
-    possible["block_out_channels"] = [[widths[0] * multiple for multiple in multiples]]
-    # With attention or without, on the way up as on the way down.
-    down = ["AttnDownBlock2D" if attn else "DownBlock2D" for attn in attends]
-    up = [kind.replace("Down", "Up") for kind in reversed(down)]
-    possible["down_block_types"] = [down]
-    possible["up_block_types"] = [up]
-    refuse_others(path, config, possible)
-
     unet = dict(
         in_channels=config["in_channels"],
         model_channels=widths[0],
-        channel_mult=multiples,
+        channel_mult=[width // widths[0] for width in widths],
         num_res_blocks=config["layers_per_block"],
         attention_resolutions=[2**level for level, attn in enumerate(attends) if attn],
         num_heads=1,
         head_channels=config["attention_head_dim"],
         dropout=config["dropout"],
         norm_eps=config["norm_eps"],
-        sin_first=sin_first,
+        sin_first=not config["flip_sin_to_cos"],
         pad_end=config["downsample_padding"] == 0)
+
+    # How diffusers would describe this UNet. An entry of which this code has not heard
+    # is to be empty.
+    ours = {**dict.fromkeys(config), **FIXED}
+    for name in FREE:
+        ours[name] = config[name]
     size = config["sample_size"]
+    ours["sample_size"] = size if isinstance(size, int) else "pixels"
+    ours["downsample_padding"] = 0 if unet["pad_end"] else 1
+    ours["out_channels"] = config["in_channels"]
+    # DDPM's embedding puts the sines first, and its frequencies end one sooner.
+    ours["freq_shift"] = 1 if unet["sin_first"] else 0
+    # Widths are multiples of the first.
+    ours["block_out_channels"] = [widths[0] * multiple for multiple in unet["channel_mult"]]
+    # With attention or without, on the way up as on the way down.
+    down = ["AttnDownBlock2D" if attn else "DownBlock2D" for attn in attends]
+    ours["down_block_types"] = down
+    ours["up_block_types"] = [kind.replace("Down", "Up") for kind in reversed(down)]
+    refuse_others(path, config, ours)
     return unet, (config["in_channels"], size, size)
 
 
 def read_scheduler_config(path):
-    """scheduler_config.json -> (schedule, T, velocity) as `build` takes them. A network
+    """scheduler_config.json -> (schedule as `build` takes it, the entries). A network
     that was saved alone, without one, is taken to be trained as DDPM's was."""
     config = dict(SCHEDULER)
     if path.exists():
         config.update(read_json(path))
-    refuse_others(path, config, {
-        "beta_schedule": ["linear", "squaredcos_cap_v2"],
-        "prediction_type": ["epsilon", "v_prediction"],
-        "trained_betas": [None],
-        "rescale_betas_zero_snr": [False]})
+    linear = config["beta_schedule"] == "linear"
+    velocity = config["prediction_type"] == "v_prediction"
+    ours = dict(config, trained_betas=None, rescale_betas_zero_snr=False)
+    ours["beta_schedule"] = "linear" if linear else "squaredcos_cap_v2"
+    ours["prediction_type"] = "v_prediction" if velocity else "epsilon"
+    refuse_others(path, config, ours)
+
     # The schedule: a tensor of betas, or a name that beta_schedule knows.
-    T = config["num_train_timesteps"]
     schedule = "cosine"
-    if config["beta_schedule"] == "linear":
-        first = config["beta_start"]
-        last = config["beta_end"]
-        schedule = torch.linspace(first, last, T, dtype=torch.float64)
-    return schedule, T, config["prediction_type"] == "v_prediction"
+    if linear:
+        schedule = torch.linspace(config["beta_start"], config["beta_end"],
+                                  config["num_train_timesteps"], dtype=torch.float64)
+    return schedule, config
 
 
 def diffusers_name(ours, blocks):
@@ -737,70 +692,57 @@ def diffusers_names(unet, blocks):
 
 
 def weights_file(path):
-    """The file of weights in a diffusers folder; any other path as it is. Raises
-    UserError for a folder without one."""
+    """The file of weights in a diffusers folder; any other path as it is."""
     path = Path(path)
     if not path.is_dir():
         return path
     folder = path / "unet" if (path / "unet").is_dir() else path
-    for ending in ("safetensors", "bin"):
-        file = folder / f"diffusion_pytorch_model.{ending}"
-        if file.exists():
-            return file
-    raise UserError(f"no diffusion_pytorch_model.safetensors (or .bin) in {folder}")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    return file if file.exists() else file.with_suffix(".bin")
 
 
 def from_diffusers(tensors, file):
     """What diffusers saved, as the dictionary of a checkpoint.
     tensors: weights by diffusers' names.  file: where they were, with the JSON files
-    beside it.  Raises UserError for another network, ValueError that names the tensors
-    that are missing or too many."""
+    beside it.  Raises OSError where these are not, UserError for another network,
+    KeyError that names a missing tensor, ValueError one too many."""
     config_file = file.with_name("config.json")
-    if not config_file.exists():
-        raise UserError(f"{file} is of diffusers, and its config.json is not beside it")
     arguments, image_shape = read_unet_config(config_file)
 
     # A pipeline has the scheduler in a folder of its own.
     scheduler = file.with_name("scheduler_config.json")
     if not scheduler.exists():
         scheduler = file.parent.parent / "scheduler" / "scheduler_config.json"
-    schedule, T, velocity = read_scheduler_config(scheduler)
+    schedule, entries = read_scheduler_config(scheduler)
+    T = entries["num_train_timesteps"]
+    prediction = entries["prediction_type"]
 
-    # Every tensor has its place.
+    # Every tensor goes to its place. Attention is a matrix there and a 1x1 convolution
+    # here: the same numbers.
     for old, new in OLD_SPELLING.items():
         tensors = {name.replace(old, new): v for name, v in tensors.items()}
     with torch.device("meta"):  # sizes without memory
         unet = UNet(**arguments)
     names = diffusers_names(unet, arguments["num_res_blocks"])
-    wanted = {name for theirs in names.values() for name in theirs}
-    differ = sorted(wanted ^ set(tensors))  # in one of the two alone
-    if differ:
-        raise ValueError(f"{len(differ)} tensors are missing or too many: {differ[:3]}")
-
-    # Attention is a matrix there and a 1x1 convolution here: the same numbers.
     weights = {}
     for ours, v in unet.state_dict().items():
-        parts = [tensors[name].float() for name in names[ours]]
+        parts = [tensors.pop(name).float() for name in names[ours]]
         weights[ours] = torch.cat(parts).view(v.shape)
+    if tensors:
+        raise ValueError(f"{len(tensors)} tensors are too many: {list(tensors)[:3]}")
 
     # A guess: 32x32 pixels in colour are taken for CIFAR-10's.
-    data = {"name": "unknown", "source": "published weights", "images": None,
-            "classes": [], "excluded": []}
+    data = {"name": "unknown", "source": "published weights", "classes": [], "excluded": []}
     if image_shape == (3, 32, 32):
         data.update(name="cifar10", classes=CIFAR10_CLASSES, images=50_000)
-    # Say what was understood.
-    size = "x".join(map(str, image_shape))
-    kind = schedule if isinstance(schedule, str) else "linear"
-    prediction = "v" if velocity else "eps"
-    print(f"{file}: diffusers' network, taken to be of {data['name']} images, {size}; {kind} "
-          f"schedule, T = {T}, predicts {prediction}")
+    print(f"{file}: diffusers' network, taken to be of {data['name']} images, {image_shape}; "
+          f"schedule {entries['beta_schedule']}, T = {T}, predicts {prediction}")
     config = {"unet": arguments, "image_shape": image_shape, "schedule": schedule,
-              "timesteps": T, "velocity": velocity}
+              "timesteps": T, "velocity": prediction == "v_prediction"}
     # Its JSON files as text: vdu.py writes them beside the result.
     described = {path.name: path.read_text("utf-8-sig") for path in (config_file, scheduler)
                  if path.exists()}
-    return {"weights": weights, "config": config, "data": data, "posterior": None, "step": 0,
-            "diffusers": described}
+    return {"weights": weights, "config": config, "data": data, "diffusers": described}
 
 
 def to_diffusers(unet, blocks):
@@ -832,19 +774,10 @@ def first_line(error, length=120):
 
 def run_command_line(main):
     """Call main(). What the user can mend: one line and code 2. Ctrl-C: code 130."""
-    for stream in (sys.stdout, sys.stderr):  # a class may have a name that a terminal cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, OSError) as e:
         print(f"error: {first_line(e, None)}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
-            raise
-        print("error: out of memory: try a smaller --batch-size, --image-size or --anchors",
-              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -863,11 +796,15 @@ def number(kind, low, high=1e18):
     return parse
 
 
+positive = number(int, 1)  # an integer of 1 or more
+
+
 def add_shared_flags(parser):
     """The flags that all commands have."""
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="default: 0")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add = parser.add_argument
+    add("--overwrite", action="store_true", help="replace what is there")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="default: 0")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
 WEIGHTS = (".pt", ".pth", ".ckpt")  # endings of the files that hold weights
@@ -884,15 +821,14 @@ def check_output(path, overwrite, endings=None):
         raise UserError(f"{path} has to end in {' or '.join(endings)}, for what it will hold")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another --output, or add --overwrite")
-    # now rather than after hours of work
+    # that its folder can be written to is tried now, rather than after hours of work
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path.parent} may not be written to: choose another --output")
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_atomically(path, write, overwrite=False):
     """Open `path` for bytes, and call write(file).
-    A crash, Ctrl-C or a full disk leaves the old file as it was. Raises UserError."""
+    Ctrl-C or a full disk leaves the old file as it was. Raises UserError."""
     check_output(path, overwrite)
     # The bytes go to a temporary file beside it, which then takes the name in one step.
     path = os.path.realpath(path)  # where a link leads: the link stays
@@ -900,8 +836,6 @@ def write_atomically(path, write, overwrite=False):
     try:
         with open(temporary, "wb") as f:
             write(f)
-            f.flush()
-            os.fsync(f.fileno())  # on the disk, and not only in a cache
         check_output(path, overwrite)  # another command may have been there since
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
@@ -964,7 +898,7 @@ def draw(model, n, steps, seed, series=""):
     """n samples of a Checkpoint's model, uint8 (n, C, H, W): of one series and seed the
     same noise."""
     samples = model.diffusion.sample(model.unet, n, model.config["image_shape"], steps, eta=1.0,
-                                     seed=seed, progress=True, series=series)
+                                     seed=seed, series=series)
     return to_uint8(samples)
 
 
@@ -976,7 +910,7 @@ def main(args):
     shapes = {tuple(model.config["image_shape"]) for model in models}
     if len(shapes) > 1:
         raise UserError(f"these models draw images of different shapes: {sorted(shapes)}")
-    blocks = [draw(model, args.n, args.sampling_steps, args.seed) for model in models]
+    blocks = [draw(model, args.n, 25, args.seed) for model in models]
     write_images(args.output, blocks, args.overwrite)
     print(f"wrote {args.output}: from left to right {', '.join(args.checkpoints)}")
 
@@ -984,10 +918,10 @@ def main(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a block of samples each")
-    p.add_argument("--n", type=number(int, 1), default=64, help="samples of each (default: 64)")
-    p.add_argument("--sampling-steps", type=number(int, 1), default=25, help="default: 25")
-    p.add_argument("--output", default="grid.png", help="default: grid.png")
+    add = p.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a block of samples each")
+    add("--n", type=positive, default=64, help="samples of each (default: 64)")
+    add("--output", default="grid.png", help="default: grid.png")
     add_shared_flags(p)
     return p
 

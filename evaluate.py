@@ -262,7 +262,7 @@ class Judge:
             return math.nan
         x0 = to_float(images[chosen]).to(self.device)
         # at 40 of the steps
-        bound = model.diffusion.variational_bound(model.unet, x0, 40, progress=True)
+        bound = model.diffusion.variational_bound(model.unet, x0, 40)
         return bound["total"].mean().item()
 
     def measure(self, model, seen, forgotten, n_bits):

@@ -24,7 +24,6 @@ import html
 import math
 import re
 import shlex
-import time
 import unicodedata
 from collections import OrderedDict, namedtuple
 
@@ -39,7 +38,7 @@ from ddpm import (WEIGHTS, Diffusion, UserError, add_shared_flags, check_finite,
 from train_ddpm import GaussianPosterior, load_images, moving_parameters
 from unet import UNet, normalization, split_heads
 from vdu import (FunctionSpaceObjective, Likeness, PaperObjective, add_unlearning_flags,
-                 count_evaluations, features_of_clean, frozen_network, guessed_posterior,
+                 features_of_clean, frozen_network, guessed_posterior,
                  middle_features, print_outcome, share_like, unlearn, with_defaults)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
@@ -162,7 +161,6 @@ def run_unlearn(args):
           f"{posterior.n} checkpoints (with 1, sigma* is a guess)")
 
     # Unlearn; and draw from the same noise before and after.
-    counter, _ = count_evaluations(model.unet)
     objective, likeness = choose_objective(model, posterior, to_float(images), args)
 
     def share_of_concept():
@@ -170,18 +168,16 @@ def run_unlearn(args):
         return share_like(likeness(latents))
 
     was_like = share_of_concept()
-    began = time.time()
     record = unlearn(model.unet, posterior, objective, args.lr, args.steps, args.adam,
-                     args.accumulate, args.seed, progress=True)
+                     args.accumulate, args.seed)
     record["like_D_f"] = [was_like, share_of_concept()]
-    print_outcome(record, time.time() - began, args)
+    print_outcome(record, args)
 
     # The file: the checkpoint with other weights, and what was done.
-    record.update(concept=args.concept, images=len(images), settings=vars(args), **counter)
+    record.update(concept=args.concept, images=len(images), settings=vars(args))
     weights = model.unet.state_dict()  # all of them, by name
     moved = {k: weights[k] for k in posterior.mean}
     save(args.output, args.checkpoint, moved, record, args.overwrite)
-    print(f"cost: {counter['evaluations']:,} evaluations of the U-Net for one image")
     files = f"{shlex.quote(args.checkpoint)} {shlex.quote(args.output)}"
     print(f"wrote {args.output}; look at it: python sd_unlearn.py sample --checkpoint {files} ...")
 
@@ -280,7 +276,7 @@ def check_size(model, size):
         raise UserError(f"--size must be a multiple of {factor}, not {size}")
 
 
-def sample_latents(model, prompt, n, size, steps, guidance, seed=0, batch_size=4, progress=False):
+def sample_latents(model, prompt, n, size, steps, guidance, seed=0, batch_size=4):
     """n latents (n, 4, h, w) for one prompt, by DDIM, returned on the CPU. size: in
     pixels."""
     check_size(model, size)
@@ -289,7 +285,7 @@ def sample_latents(model, prompt, n, size, steps, guidance, seed=0, batch_size=4
     context = model.context([prompt])
     eps_theta = guided(model.unet, context, model.context([""]), guidance)
     return model.diffusion.sample(eps_theta, n, shape, steps, seed=seed, batch_size=batch_size,
-                                  clip=False, progress=progress)
+                                  clip=False)
 
 
 def run_sample(args):
@@ -307,7 +303,7 @@ def run_sample(args):
         for prompt in args.prompt:
             print(f"{checkpoint}: {prompt}")
             z = sample_latents(model, prompt, args.n, args.size, args.sampling_steps,
-                               args.guidance, args.seed, args.batch_size, progress=True)
+                               args.guidance, args.seed, args.batch_size)
             rows.append(model.autoencoder.to_images(z.to(device)))  # (n, 3, H, W)
         columns.append(torch.stack(rows))
         del model  # before the next is read: one copy of the weights at a time

@@ -10,8 +10,8 @@ Reads    MNIST, CIFAR-10, tiny ImageNet (downloaded into data/, or in --data-roo
          are cropped to squares and resized; for MNIST without a network, the 5,000
          images in tests/data/mnist_5k.npz.
 Writes   checkpoints/mnist.pt: theta* = mu*, posterior (mu*, sigma*), settings, data,
-         loss curve; and a grid of samples beside it, checkpoints/mnist.png. Ctrl-C
-         saves what there is, and --resume goes on.
+         and a grid of samples beside it, checkpoints/mnist.png. Ctrl-C saves what there
+         is, and --resume goes on.
 Paper    VDU (arXiv 2510.04058): theta* was trained on D = D_r and D_f, and mu* and
          sigma* are the mean and standard deviation of each parameter over training
          checkpoints. Here those are the weights along the last part of one run, at a
@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, MNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ddpm import (WEIGHTS, StopRequest, UserError, add_shared_flags, build, check_finite,
-                  check_output, digest, first_line, number, pick_device, read_file,
+                  check_output, digest, first_line, number, pick_device, positive, read_file,
                   run_command_line, save_checkpoint, state_dict_of, to_float, to_uint8,
                   training_step, write_images)
 
@@ -98,6 +98,7 @@ NETWORKS = {"small": small, "base": base}
 TIMESTEPS = 1000           # T, as in DDPM
 POSTERIOR_FRACTION = 0.25  # share of training, at its end, whose weights form the posterior:
 POSTERIOR_EVERY = 5        # steps: the weights of neighbours hardly differ
+SAVE_EVERY = 1000          # steps, in case the power fails
 SIGMA_FLOOR = 1e-8         # sigma* of a weight that never moved: tiny, but no 0 to divide by
 
 
@@ -128,14 +129,14 @@ def posterior_start(steps):
 class GaussianPosterior:
     """p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2) (VDU's approximation).
     mean, std: {name: tensor} like the parameters, mu* and sigma*, in memory of their
-    own.  n: of how many checkpoints. Made from these three, or without arguments and
-    filled by `update`."""
+    own.  n: of how many checkpoints.  m2: sums of squared deviations, while checkpoints
+    come in. Made from the first three, or without arguments and filled by `update`."""
 
-    def __init__(self, mean=None, std=None, n=0):
+    def __init__(self, mean=None, std=None, n=0, m2=None):
         self.mean = mean or {}
         self.std = {k: s.clamp(min=SIGMA_FLOOR) for k, s in (std or {}).items()}
         self.n = n
-        self.m2 = {}  # sums of squared deviations, while checkpoints come in
+        self.m2 = m2 or {}
 
     @torch.no_grad()
     def update(self, parameters):
@@ -155,20 +156,19 @@ class GaussianPosterior:
     def from_checkpoints(cls, paths, net, read=lambda path: state_dict_of(read_file(path))):
         """mu* and sigma* over files of one training, read one at a time.
         net: the network; those of its parameters are taken that require a gradient. Its
-        buffers have no posterior and stay as they are; where files hold buffers, they
-        must equal those of one file.  read: path -> {name: tensor}.  Raises UserError
-        for fewer than two files, for equal ones, for numbers that are not finite, for
-        those of another network, or for other buffers."""
+        other tensors (buffers, frozen parameters) have no posterior and stay as they
+        are; where files hold such, they must equal those of one file.  read: path ->
+        {name: tensor}.  Raises UserError for fewer than two files, for equal ones, for
+        numbers that are not finite, for those of another network, or for other tensors
+        that do not move."""
         parameters = moving_parameters(net)
-        buffers = dict(net.named_buffers())
+        fixed = {k: v for k, v in net.state_dict().items() if k not in parameters}
         posterior = cls()
         digests = set()
-        has_buffers = False  # of one of the files, or of one that holds none
+        matches = False  # what is fixed, that of one of the files
         for path in paths:
             # Its parameters, which must be the network's.
             tensors = read(path)
-            if not tensors:
-                raise UserError(f"{path} holds no weights by name: save net.state_dict(), not net")
             theta = {k: tensors[k] for k in parameters if k in tensors}
             check_parameters(path, theta or tensors, parameters)
             check_finite(path, theta)
@@ -176,13 +176,13 @@ class GaussianPosterior:
             for k, p in parameters.items():
                 theta[k] = theta[k].to(p.device)
             posterior.update(theta)
-            if all(torch.equal(tensors[k].to(v), v) for k, v in buffers.items() if k in tensors):
-                has_buffers = True
+            if all(torch.equal(tensors[k].to(v), v) for k, v in fixed.items() if k in tensors):
+                matches = True
         if len(digests) < max(2, len(paths)):
             raise UserError("a posterior needs two checkpoints or more, all different")
-        if not has_buffers:  # running means of batches, for one
-            raise UserError(f"the network's buffers ({', '.join(buffers)}) match none of these "
-                            "files: load one of the checkpoints into it first")
+        if not matches:  # running means of batches, for one
+            raise UserError(f"what does not move in the network ({', '.join(fixed)}) is as in none "
+                            "of these files: load one of the checkpoints into it first")
         return posterior
 
     @torch.no_grad()
@@ -202,7 +202,7 @@ class GaussianPosterior:
         """The same on another device."""
         mean = all_to(self.mean, device)
         std = all_to(self.std, device)
-        return GaussianPosterior(mean, std, self.n)
+        return GaussianPosterior(mean, std, self.n, all_to(self.m2, device))
 
 
 def all_to(tensors, device):
@@ -217,14 +217,12 @@ def moving_parameters(net):
 
 def check_parameters(what, theta, parameters):
     """Raise UserError unless theta has the names and shapes of the network's."""
-    theirs = {k: tuple(v.shape) for k, v in theta.items()}
-    ours = {k: tuple(v.shape) for k, v in parameters.items()}
-    if theirs != ours or not ours:
-        # three that differ, of each
-        only_theirs = [item for item in theirs.items() if item not in ours.items()][:3]
-        only_ours = [item for item in ours.items() if item not in theirs.items()][:3]
+    theirs = {(k, *v.shape) for k, v in theta.items()}
+    ours = {(k, *v.shape) for k, v in parameters.items()}
+    if theirs != ours or not ours:  # name three that differ, of each
         raise UserError(f"the parameters of {what} do not match the network's (those that require "
-                        f"a gradient): {only_theirs} ... there, {only_ours} ... here")
+                        f"a gradient): {sorted(theirs - ours)[:3]} ... there, "
+                        f"{sorted(ours - theirs)[:3]} ... here")
 
 
 # --------------------------------------------------------------------------------------
@@ -269,7 +267,6 @@ class Run:
             fused=device.type != "mps")
         self.step = 0  # done so far
         self.loss = None   # a running mean
-        self.losses = []   # (step, loss) along the way
         self.overwrite = settings["overwrite"]  # what it wrote itself it may replace
 
     def theta(self):
@@ -285,7 +282,6 @@ class Run:
             "data": self.data,
             "settings": self.settings,
             "step": self.step,
-            "losses": self.losses,
             "weights": self.theta(),
             "posterior": self.posterior.contents()}
         # a finished file has no use for these
@@ -302,14 +298,10 @@ class Run:
         """Go on from the contents of an interrupted run's file."""
         train = saved["train"]
         self.step = saved["step"]
-        self.losses = saved["losses"]
         self.loss = train["loss"]
         self.unet.load_state_dict(train["unet"])
         self.optimizer.load_state_dict(train["optimizer"])
-        for name, value in train["posterior"].items():  # n, and dicts of tensors or None
-            if isinstance(value, dict):
-                value = all_to(value, device)
-            setattr(self.posterior, name, value)
+        self.posterior = GaussianPosterior(**train["posterior"]).to(device)
         self.overwrite = True
 
     def take_step(self, x0):
@@ -325,13 +317,11 @@ class Run:
         if self.step >= posterior_start(steps) and taken:
             self.posterior.update(self.unet.named_parameters())
 
-        # What is shown, and kept as the loss curve, is a mean over some 100 steps.
+        # What is shown is a mean over some 100 steps.
         self.step += 1
         if self.loss is None:
             self.loss = loss
         self.loss = 0.99 * self.loss + 0.01 * loss
-        if self.step % max(1, steps // 200) == 0:
-            self.losses.append((self.step, self.loss))
         return loss
 
 
@@ -343,7 +333,6 @@ def train(run, images, device):
     settings = run.settings
     steps = settings["steps"]
     B = min(settings["batch_size"], len(images))
-    saved_step = run.step
     # The bar counts images: so its speed means the same at any batch size.
     bar = tqdm(total=steps * B, initial=run.step * B, desc="training", unit="img",
                unit_scale=True, dynamic_ncols=True)
@@ -351,8 +340,7 @@ def train(run, images, device):
         while run.step < steps:
             # A batch, mirrored or not.
             index = batch_indices(run.step, len(images), B, settings["seed"])
-            x0 = images[index.to(images.device)]
-            x0 = to_float(x0.to(device))  # (B, C, H, W)
+            x0 = to_float(images[index].to(device))  # (B, C, H, W)
             seed_step(settings["seed"], run.step)
             if settings["flip"]:
                 x0 = mirror_half(x0)
@@ -360,17 +348,16 @@ def train(run, images, device):
             # A step.
             loss = run.take_step(x0)
             if not math.isfinite(loss):  # no step was taken: see training_step
-                raise UserError(f"the loss became {loss} at step {run.step}, after saving step "
-                                f"{saved_step}: try a smaller --lr than {settings['lr']:g}")
+                raise UserError(f"the loss became {loss} at step {run.step}: try a smaller --lr "
+                                f"than {settings['lr']:g}")
             bar.update(B)
             bar.set_postfix(loss=f"{run.loss:.4f}", step=run.step, posterior=run.posterior.n,
                             refresh=False)
 
             # Save now and then, on Ctrl-C, and at the end.
             finished = run.step == steps
-            if stop.requested or finished or run.step % settings["save_every"] == 0:
+            if stop.requested or finished or run.step % SAVE_EVERY == 0:
                 run.save()
-                saved_step = run.step
             if stop.requested and not finished:
                 bar.close()
                 print(f"interrupted: saved step {run.step} of {steps} in {settings['output']}; "
@@ -382,7 +369,7 @@ def train(run, images, device):
 
 def read_settings(args):
     """(settings, saved). Without --resume: the command line's, and None. With it: the
-    file's settings, but --data-root and --save-every as typed, and its contents."""
+    file's settings, but --data-root as typed, and its contents."""
     root = args.data_root
     name = args.dataset  # by which files are called
     if args.dataset == "folder":
@@ -393,40 +380,31 @@ def read_settings(args):
     if os.path.exists(output) and not args.overwrite and not args.resume:
         raise UserError(f"{output} exists already: --resume continues it, --overwrite replaces it")
     check_output(output, True, WEIGHTS)
-    settings = {**vars(args), "output": output}
+    if root is not None:
+        root = os.path.abspath(root)  # from whatever folder it may be resumed
     if not args.resume:
-        return settings, None
+        return {**vars(args), "output": output, "data_root": root}, None
 
     # An interrupted run goes on with its own settings.
     saved = read_file(output)
-    if not isinstance(saved, dict) or not {"train", "losses", "settings", "data"} <= set(saved):
+    if "train" not in saved:
         raise UserError(f"{output} is no interrupted run: there is nothing to resume")
-    settings = dict(saved["settings"])
-    settings.update(output=output, save_every=args.save_every)
-    settings["overwrite"] = settings["overwrite"] or args.overwrite
+    settings = dict(saved["settings"], output=output, overwrite=args.overwrite)
     if root is not None:
         settings["data_root"] = root
-    elif settings["data_root"] is not None:  # from whatever folder it is resumed
-        settings["data_root"] = saved["data"]["root"]
     return settings, saved
 
 
 def load_training_images(settings, saved):
     """(images, data) to train on: those of the dataset, less --exclude-class.
-    Raises UserError if nothing is left, or if an interrupted run had others."""
-    # A run that began on the images that ship with the code goes on with them.
-    root = settings["data_root"]
-    if saved is not None and saved["data"]["source"] == MNIST_5K.name:
-        root = MNIST_5K
+    Raises UserError if an interrupted run had others."""
     size = settings["image_size"]  # for a folder, whose images have all sizes
-    image_shape = (None, size, size) if settings["dataset"] == "folder" else None
-    images, labels, data = load_dataset(settings["dataset"], root, image_shape=image_shape)
+    images, labels, data = load_dataset(settings["dataset"], settings["data_root"],
+                                        image_shape=(None, size, size))
 
-    classes = data["classes"]
     # Retraining leaves classes out.
+    classes = data["classes"]
     excluded = class_indices(settings["exclude_class"], classes)
-    if len(excluded) == len(classes):
-        raise UserError("--exclude-class names all classes: nothing is left to learn")
     keep = ~torch.isin(labels, torch.tensor(excluded))
     images = images[keep]
     labels = labels[keep]
@@ -436,8 +414,7 @@ def load_training_images(settings, saved):
         images=len(images),
         counts=labels.bincount(minlength=len(classes)).tolist(),
         digest=digest([images, labels]))
-    same = ("digest", "classes")
-    if saved is not None and any(saved["data"][name] != data[name] for name in same):
+    if saved is not None and saved["data"]["digest"] != data["digest"]:
         raise UserError(f"{settings['output']} was trained on other images: say where they are "
                         "with --data-root DIR")
     return images, data
@@ -467,8 +444,6 @@ def main(args):
           f"({', '.join(data['classes'][:20])}), "
           f"{settings['model']} U-Net, {settings['steps']:,} steps of {settings['batch_size']} "
           f"on {device}")
-    if device.type == "cuda" and images.nbytes < 2**32:
-        images = images.to(device)  # under 4 GiB: once, not a batch at a time
     # Train, and draw what it has learned.
     run = Run(settings, config, data, device)
     if saved is not None:
@@ -491,18 +466,21 @@ DIGITS = list("0123456789")
 # name: where its published files lie in the folder that is given as its root
 DATASETS = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py",
             "tiny-imagenet": "tiny-imagenet-200", "folder": ""}
+PARTS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
 
 
-def load_dataset(name, root=None, train=True, image_shape=None, only=None, classes=None):
+def load_dataset(name, root=None, train=True, image_shape=(None, 32, 32), only=None,
+                 classes=None):
     """(images, labels, data) of a dataset: (N, C, H, W) uint8, (N,) int64, dict.
 
     name: one of DATASETS.  root: the folder that holds it; None downloads into data/;
     MNIST_5K: the images of MNIST that ship with the code.  train: that part, or the
     test part; images and labels are None where there is none.  image_shape: (C, S, S)
-    to bring image files to; C None: grey if all are.  only: names of classes, whose
-    files alone are opened.  classes: all of them, in the order of the labels, for a
-    folder where some may be gone.  data: {"name", "source", "root", "classes"}.  Raises
-    UserError if the folder does not hold it, or it cannot be downloaded."""
+    to bring the image files of a folder to; C None: grey if all are.  only: indices of
+    classes, whose files alone are opened.  classes: the names of all, in the order of
+    the labels, for a folder where some may be gone.  data: {"name", "source", "root",
+    "classes"}.  Raises UserError if the folder does not hold it, or it cannot be
+    downloaded."""
     folder = Path(root or "data")
     download = root is None  # into data/
     data = {"name": name, "source": "torchvision", "root": os.path.abspath(folder)}
@@ -522,44 +500,33 @@ def load_dataset(name, root=None, train=True, image_shape=None, only=None, class
             data["classes"] = dataset.classes
         elif name == "tiny-imagenet":
             images, labels, data["classes"] = list_tiny_imagenet(folder, train, download)
-        elif name == "folder":
+            image_shape = (3, 64, 64)
+        else:
             images, labels, data["classes"] = list_folder(folder, train, classes)
             data["source"] = "folder"
-        else:
-            raise UserError(f"the dataset {name!r} is not known here: {', '.join(DATASETS)} are")
     except (UserError, PermissionError):
         raise
     except Exception as e:  # over damaged files torchvision fails in many ways
-        if name == "mnist" and download and not list(folder.glob("MNIST/raw/*ubyte")):
+        if name == "mnist" and download:
             print(f"MNIST cannot be downloaded ({first_line(e)}): using the 5,000 images in "
                   f"{MNIST_5K.name}")
             return load_dataset("mnist", MNIST_5K, train, image_shape, only)
         raise UserError(f"{name} cannot be downloaded, or is damaged ({first_line(e)}): its "
                         f"published files belong in {folder / DATASETS[name]} (--data-root)") from e
 
-    images, labels = only_classes(images, labels, data, only, train)
+    # Of the classes that are asked for, each has to be there, in the training part.
+    wanted = range(len(data["classes"])) if only is None else only
+    for i in wanted:
+        if train and i not in labels:
+            raise UserError(f"no images of the class {data['classes'][i]} in {folder} "
+                            "(--data-root says where)")
     if len(labels) == 0:
         return None, None, data
-    if isinstance(images, list):
-        images = read_images(images, image_shape or (3, 64, 64))
-    return images, labels, data
-
-
-def only_classes(images, labels, data, only, train):
-    """(images, labels) of the classes that are asked for, of all where `only` is None.
-    images: a tensor, or a list of paths. Raises UserError for one that has no training
-    images."""
-    wanted = data["classes"] if only is None else only
-    # Each has to be there.
-    indices = [data["classes"].index(name) for name in wanted]
-    for name, i in zip(wanted, indices):
-        if train and i not in labels:
-            raise UserError(f"no images of the class {name} in {data['root']}")
-    keep = torch.isin(labels, torch.tensor(indices))  # (N,) bool
-    chosen = keep.nonzero().flatten()
-    if isinstance(images, list):
-        return [images[i] for i in chosen], labels[chosen]
-    return images[chosen], labels[chosen]
+    keep = torch.isin(labels, torch.tensor(wanted)).numpy()  # (N,) bool
+    images = images[keep]
+    if isinstance(images, np.ndarray):  # paths
+        images = read_images(images, image_shape)
+    return images, labels[keep], data
 
 
 def load_mnist_5k(train):
@@ -581,8 +548,6 @@ def load_mnist(folder, train, download):
     if len(files) != 2:
         raise ValueError(f"no {part}-images-idx3-ubyte and {part}-labels-idx1-ubyte, unpacked")
     images, labels = map(read_sn3_pascalvincent_tensor, files)
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images):,} images, {len(labels):,} labels")
     return images[:, None], labels
 
 
@@ -613,9 +578,9 @@ def list_tiny_imagenet(root, train, download):
 
 
 def apart(files):
-    """[(path, label), ...] -> ([path, ...], labels (N,))."""
-    paths = [path for path, _ in files]
-    return paths, torch.tensor([label for _, label in files])
+    """[(path, label), ...] -> (an array of paths (N,), labels (N,))."""
+    paths = [str(path) for path, _ in files]
+    return np.array(paths), torch.tensor([label for _, label in files])
 
 
 def read_rows(path):
@@ -627,34 +592,32 @@ def read_rows(path):
 def list_folder(root, train, classes):
     """(paths, labels, classes) of a folder with one sub-folder of images per class, or
     with train/ and test/ (or val/) of such. classes: as in load_dataset."""
-    # train/ and a test part (the first, if there are several), in any capitals. With
-    # other folders beside it, and no test part, train/ is a class like them.
-    tests = []
+    # The two parts, in any capitals. With other folders beside it, and no test part,
+    # train/ is a class like them.
+    parts = {}
     others = []
-    here = root
     for name, path in subfolders(root).items():
-        if name.lower() == "train" and here == root:
-            here = path
-        elif name.lower() in ("test", "val", "valid", "validation"):
-            tests.append(path)
-        else:
+        part = PARTS.get(name.lower())
+        if part is None or part in parts:
             others.append(name)
-    if here == root and tests:
-        raise UserError(f"{root} has {tests[0].name}/ but no train/: the folders of the classes "
-                        "belong in train/")
-    if others and not tests:
-        here = root
+        else:
+            parts[part] = path
+    if "test" in parts and "train" not in parts:
+        raise UserError(f"{root} has {parts['test'].name}/ but no train/: the folders of the "
+                        "classes belong in train/")
+    if others and "test" not in parts:
+        parts = {}
     elif others:
         print(f"{root}: passing over the folders {', '.join(others)}")
+
     # The classes are the folders of the training part.
+    here = parts.get("train", root)
     classes = classes or list(subfolders(here))
     if not classes:
         raise UserError(f"no classes in {here}: it needs a sub-folder of images for each")
-    if not train:
-        if not tests:
-            return [], torch.tensor([]), classes
-        here = tests[0]
     index = {}  # what a folder's images are labelled
+    if not train:
+        here = parts.get("test", root / "test")  # which need not be there
     for name, path in subfolders(here).items():
         if name in classes:
             index[path.name] = classes.index(name)
@@ -666,14 +629,10 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
     data_root overrides its folder.  only: indices of the classes to read; the others
     may be gone.  Raises UserError if it is not there."""
     data = checkpoint.data
-    # Where it is: as in training, if it is there still.
+    # Where it is: as in training.
     root = data_root or data["root"]
-    if data_root is None and data["source"] == MNIST_5K.name:
+    if root is None and data["source"] == MNIST_5K.name:
         root = MNIST_5K
-    elif root is not None and not os.path.isdir(root):
-        raise UserError(f"the dataset is not in {root} any more: say where with --data-root DIR")
-    if only is not None:
-        only = [data["classes"][i] for i in only]
     images, labels, _ = load_dataset(
         data["name"], root, train, checkpoint.config["image_shape"], only, data["classes"])
     return images, labels
@@ -727,26 +686,25 @@ def subfolders(folder):
 
 
 def list_images(folder, index):
-    """[(path, label)] of the images in the sub-folders that `index` has labels for, and
-    below them, in order; says which files of the folder it passes over. Links are
-    followed; what is hidden, a file or a folder, is left out."""
-    def is_image(path):
-        inside = Path(path).relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        return inside.suffix.lower() in IMG_EXTENSIONS and os.path.isfile(path) and not hidden
-
-    if not index:  # of which make_dataset makes an error
-        return []
-    files = make_dataset(folder, index, is_valid_file=is_image, allow_empty=True)
-    # The others are no images, hidden, or in no folder of a class.
-    taken = {path for path, _ in files}
-    others = []
+    """[(path, label)] of the images in a folder and below it, in order; says which
+    files it passes over. Links are followed; what is hidden is left out.
+    index: {sub-folder: label}; None labels all that is there 0."""
+    files = []
+    others = []  # no images, hidden, or in no folder of a class
     for place, _, names in os.walk(folder, followlinks=True):
-        paths = [os.path.join(place, name) for name in names]
-        others += [path for path in paths if path not in taken]
+        for name in names:
+            path = Path(place, name)
+            inside = path.relative_to(folder)
+            hidden = any(part.startswith(".") for part in inside.parts)
+            is_image = path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+            label = 0 if index is None else index.get(inside.parts[0])
+            if is_image and not hidden and label is not None:
+                files.append((path, label))
+            else:
+                others.append(str(path))
     if others:
         print(f"{folder}: passing over {len(others)} files: {', '.join(others[:3])} ...")
-    return files
+    return sorted(files)
 
 
 def open_image(path):
@@ -777,8 +735,7 @@ def read_images(paths, image_shape):
     channels = image_shape[0]
     size = image_shape[-1]
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)  # in colour, for now
-    bar = tqdm(paths, "reading images", disable=len(paths) < 1000)
-    for i, path in enumerate(bar):
+    for i, path in enumerate(tqdm(paths, "reading images")):
         try:
             image = transforms.pil_to_tensor(open_image(path))  # (3, H, W) uint8
         except Exception as e:  # Pillow raises all kinds
@@ -797,11 +754,10 @@ def read_images(paths, image_shape):
 
 def load_images(folder, image_shape):
     """Every image in a folder and below it: (N, C, S, S). Raises UserError for none."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder} is no folder: name one that holds the images")
-    files = list_images(folder, {"": 0})
+    files = list_images(folder, None)
     if not files:
-        raise UserError(f"no images in {folder}: they end in {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"no images in the folder {folder}: they end in "
+                        f"{', '.join(IMG_EXTENSIONS)}")
     return read_images([path for path, _ in files], image_shape)
 
 
@@ -811,19 +767,19 @@ def load_images(folder, image_shape):
 def parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=DATASETS, default="mnist", help="default: mnist")
-    p.add_argument("--data-root", help="folder that holds it already (default: download to data/)")
-    p.add_argument("--image-size", type=number(int, 8), default=32, help="of --dataset folder: 32")
-    p.add_argument("--model", choices=NETWORKS, help="default: small on a CPU and for mnist")
-    p.add_argument("--output", help="default: checkpoints/DATASET.pt")
-    p.add_argument("--resume", action="store_true",
-                   help="continue the interrupted run in --output, with its own settings; only "
-                   "--data-root, --device and --save-every are heard")
-    p.add_argument("--exclude-class", nargs="+", default=[], help="retrain without these classes")
-    p.add_argument("--steps", type=number(int, 1), help="default: as the model's settings say")
-    p.add_argument("--batch-size", type=number(int, 1), help="images per step (default: likewise)")
-    p.add_argument("--lr", type=number(float, 1e-12), help="the highest rate (default: likewise)")
-    p.add_argument("--save-every", type=number(int, 1), default=1000, help="steps (default: 1000)")
+    add = p.add_argument
+    add("--dataset", choices=DATASETS, default="mnist", help="default: mnist")
+    add("--data-root", help="folder that holds it already (default: download to data/)")
+    add("--image-size", type=number(int, 8), default=32, help="of --dataset folder: 32")
+    add("--model", choices=NETWORKS, help="default: small on a CPU and for mnist")
+    add("--output", help="default: checkpoints/DATASET.pt")
+    add("--resume", action="store_true",
+        help="continue the interrupted run in --output, with its own settings; only --data-root "
+        "and --device are heard")
+    add("--exclude-class", nargs="+", default=[], help="retrain without these classes")
+    add("--steps", type=positive, help="default: as the model's settings say")
+    add("--batch-size", type=positive, help="images per step (default: likewise)")
+    add("--lr", type=number(float, 1e-12), help="the highest rate (default: likewise)")
     add_shared_flags(p)
     return p
 

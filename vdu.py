@@ -20,7 +20,8 @@ import math
 import os
 import re
 import shlex
-import time
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -28,9 +29,9 @@ from torch.func import functional_call
 from torch.nn.functional import adaptive_avg_pool2d, logsigmoid
 from tqdm import tqdm
 
-from ddpm import (WEIGHTS, UserError, add_shared_flags, autocast, check_output, digest,
-                  load_checkpoint, noise_at, number, pick_device, run_command_line, save_checkpoint,
-                  stratified_timesteps, to_diffusers, to_float, to_uint8, write_atomically,
+from ddpm import (WEIGHTS, Diffusion, UserError, add_shared_flags, autocast, check_output, digest,
+                  load_checkpoint, noise_at, number, pick_device, positive, run_command_line,
+                  save_checkpoint, stratified_timesteps, to_diffusers, to_float, to_uint8,
                   write_images)
 from train_ddpm import (SHIPPED, GaussianPosterior, check_parameters, class_indices, load_data_of,
                         load_images, moving_parameters, set_missing)
@@ -118,6 +119,7 @@ def random_indices(n, x):
     return torch.randint(len(x), (n,)).to(x.device)
 
 
+@dataclass
 class PaperObjective:
     """L on a random batch of D_f. Called with the network, it returns (L, {"A", "B"}).
 
@@ -128,22 +130,23 @@ class PaperObjective:
     bound_weights: C_t of the bound in place of 1.  A is shown per dimension and without
     C_t, B per parameter.  Raises UserError for an empty t_range."""
 
-    def __init__(self, diffusion, posterior, images, gamma, batch_size=64, t_range=(0, 1),
-                 context=None, bound_weights=False):
-        self.diffusion = diffusion
-        self.posterior = posterior
-        self.images = images
-        self.gamma = gamma
-        self.batch_size = batch_size
-        self.context = context
-        self.bound_weights = bound_weights
-        low, high = t_range
-        self.low = round(low * diffusion.T)
-        self.high = round(high * diffusion.T)
+    diffusion: Diffusion
+    posterior: GaussianPosterior
+    images: torch.Tensor
+    gamma: float
+    batch_size: int = 64
+    t_range: tuple = (0, 1)
+    context: torch.Tensor = None
+    bound_weights: bool = False
+
+    def __post_init__(self):
+        low, high = self.t_range
+        self.low = round(low * self.diffusion.T)
+        self.high = round(high * self.diffusion.T)
         if self.low >= self.high:
             raise UserError("t_range needs two shares of T, 0 <= LOW < HIGH <= 1")
-        self.d = images[0].numel()
-        self.P = sum(mean.numel() for mean in posterior.mean.values())
+        self.d = self.images[0].numel()
+        self.P = sum(mean.numel() for mean in self.posterior.mean.values())
         self.unit = self.d / self.P  # brings B to A's size
 
     def draw(self):
@@ -176,8 +179,7 @@ class PaperObjective:
         return stability_loss(moving_parameters(unet), self.posterior)
 
 
-def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed=0,
-            progress=False):
+def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed=0):
     """Move `net`, in place, from mu* towards a minimum of the objective.
 
     net: any nn.Module; those parameters move that require a gradient, and the posterior
@@ -204,7 +206,7 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
     before = numbers_on_one_batch(objective, net, seed)
     net.zero_grad()  # of what came before
     finite = True
-    with tqdm(range(steps), desc="unlearning", unit="step", disable=not progress) as bar:
+    with tqdm(range(steps), desc="unlearning", unit="step") as bar:
         for step in bar:
             if adam:  # whose steps do not shrink by themselves
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
@@ -222,7 +224,7 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
             optimizer.step()
             posterior.set_weights(z, theta)
 
-            bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+            bar.set_postfix(numbers, refresh=False)
             finite = math.isfinite(loss.item())
             if not finite:
                 break
@@ -378,6 +380,7 @@ class Likeness:
         return (f @ self.weight + self.bias).sigmoid()
 
 
+@dataclass
 class FunctionSpaceObjective(PaperObjective):
     """L = (1 - gamma) [ rho/K E_D_f || eps_theta - eps_target ||^2 / abar_t
           + (1 - rho) E_kept || eps_theta - eps_theta* ||^2 / abar_t ] + gamma (d/P) B.
@@ -389,22 +392,24 @@ class FunctionSpaceObjective(PaperObjective):
     The means over t are in one density on t_range (see ratio); elsewhere D_f has no
     part. Others: PaperObjective's."""
 
+    _: KW_ONLY
+    frozen: Callable
+    kept: torch.Tensor
+    rho: float
+    kept_context: torch.Tensor = None
+
     K = 20.0  # how far past eps_theta* the push may lead, in multiples of eps_theta* - eps
     LEAST = 0.003  # abar_t counts as no less: near t = T it is almost 0
 
-    def __init__(self, diffusion, *args, frozen, kept, rho, kept_context=None, **kwargs):
-        super().__init__(diffusion, *args, **kwargs)
-        self.frozen = frozen
-        self.kept = kept
-        self.kept_context = kept_context
-        self.rho = rho
-        self.weight_of_forget = rho / self.K
+    def __post_init__(self):
+        super().__post_init__()
+        self.weight_of_forget = self.rho / self.K
 
         # Half of the kept images' t, and more, are of t_range (see draw_kept). There
         # they are `ratio` times as dense in t as those of D_f. The error of D_f is
         # multiplied by it: so both count as in (b), at each t of t_range.
         near = self.batch_size // 2 / self.batch_size
-        self.ratio = near + (1 - near) * (self.high - self.low) / diffusion.T
+        self.ratio = near + (1 - near) * (self.high - self.low) / self.diffusion.T
 
     def draw_kept(self):
         """Kept images, their t, noise and prompts: as `draw` for D_f."""
@@ -481,7 +486,7 @@ def middle_features(net, frozen, *prompts):
     return features
 
 
-def features_of_clean(features, diffusion, progress=False):
+def features_of_clean(features, diffusion):
     """Features of noisy images as a function of clean ones: (n, C, H, W) -> (n, d), on
     the CPU, of noisy copies at the levels LEVELS. The same noise at each call."""
     @torch.no_grad()
@@ -490,7 +495,7 @@ def features_of_clean(features, diffusion, progress=False):
         chunks = []
         size = min(250, 2**20 // images[0].numel())  # images at once: a million numbers
         parts = images.split(max(1, size))
-        for x0 in tqdm(parts, "features", unit="part", leave=False, disable=not progress):
+        for x0 in tqdm(parts, "features", unit="part", leave=False):
             levels = []
             for level in LEVELS:
                 t, eps = noise_at(int(level * diffusion.T), x0, generator)
@@ -503,20 +508,6 @@ def features_of_clean(features, diffusion, progress=False):
     return of_clean
 
 
-def count_evaluations(net):
-    """A dict whose "evaluations" grows with each image that passes `net`: by 1, or by 3
-    with a gradient, as a backward pass costs two forward ones. And the hook that counts
-    them, which can be removed."""
-    counter = {"evaluations": 0}
-
-    def count(module, inputs):
-        passes = 3 if torch.is_grad_enabled() else 1
-        counter["evaluations"] += passes * len(inputs[0])
-
-    hook = net.register_forward_pre_hook(count)
-    return counter, hook
-
-
 # --------------------------------------------------------------------------------------
 # Putting it together. OURS was chosen on the 4 of MNIST shrunk to 14x14 pixels, by the
 # distance to a model retrained without it; PAPER on the 1 of MNIST as it is.
@@ -526,7 +517,7 @@ EXAMPLES = 1000      # images of D_f from which w is learned, at most
 OURS = dict(
     gamma=3e-5,         # a little of B: as near to retraining as with none
     lr=1.0,             # of Adam, in sigma*; it falls to 0
-    steps=180,          # with all else it costs a fifth of train_ddpm.py's training
+    steps=180,          # with all else it takes a sixth of the time of the training
     batch_size=64,      # of D_f, and as many of theta*'s samples
     t_range=[0.3, 1.0],  # at high noise it is decided which class an image will be
     anchors=1000,       # samples of theta*: they stand for the data that nobody has
@@ -542,7 +533,7 @@ PAPER = dict(
 
 
 def forget(net, diffusion, posterior, images, rho, share=None, features=None, paper=False,
-           bound_weights=False, seed=0, progress=False, **settings):
+           bound_weights=False, seed=0, **settings):
     """Make `net` forget `images`, in place: all that main does between two files.
 
     net: an nn.Module, called as net(x_t, t).  diffusion, posterior: its own.  images:
@@ -550,47 +541,47 @@ def forget(net, diffusion, posterior, images, rho, share=None, features=None, pa
     the push alone, another rho.  features: (x_t, t) -> (n, d), in which w is learned;
     middle_features unless given.  settings: any of OURS, or with paper=True of PAPER.
     Returns (record, before, after): what `unlearn` returns, with the share of samples
-    like D_f, and the network evaluations; and samples of the same noise, (n, C, H, W).
-    Raises TypeError for another setting, UserError as `unlearn` does."""
+    like D_f before and after; and samples of the same noise, (n, C, H, W).
+    Raises TypeError for another setting, UserError as `unlearn` does, and for a rho
+    that is not between 0 and 1."""
+    if not 0 < rho < 1:
+        raise UserError(f"what is to be forgotten is {100 * rho:g}% of what the model was trained "
+                        "on: some of that has to be, and some has to stay")
     if not set(settings) <= set(OURS):
         raise TypeError(f"the settings are {list(OURS)}, not {list(settings)}")
     settings = {**(PAPER if paper else OURS), **settings}
-    counter, hook = count_evaluations(net)
+    arguments = (diffusion, posterior, images, settings["gamma"], settings["batch_size"],
+                 settings["t_range"])
+    objective = PaperObjective(*arguments, bound_weights=bound_weights)  # it checks t_range
     net.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; it holds no buffers
 
     # What theta* itself draws stands for the data, less what is of D_f.
     def draw(n):
-        samples = diffusion.sample(net, n, images.shape[1:], 25, 1.0, seed, progress=progress,
-                                   series="own samples")
+        samples = diffusion.sample(net, n, images.shape[1:], 25, 1.0, seed, series="own samples")
         return samples.to(images.device)
 
     own = draw(settings["anchors"])
     frozen = frozen_network(net, posterior)
     if features is None:
         features = middle_features(net, frozen)
-    of_clean = features_of_clean(features, diffusion, progress)
+    of_clean = features_of_clean(features, diffusion)
     likeness = Likeness(of_clean, images[:EXAMPLES], own, rho)
     n_kept = math.ceil((1 - rho) ** 2 * len(own))
     least_like = likeness.of_own.argsort()[:n_kept]
     kept = own[least_like.to(own.device)]
 
-    # The loss, and the steps.
-    arguments = (diffusion, posterior, images, settings["gamma"], settings["batch_size"],
-                 settings["t_range"])
-    if paper:
-        objective = PaperObjective(*arguments, bound_weights=bound_weights)
-    else:
+    # The steps.
+    if not paper:
         objective = FunctionSpaceObjective(*arguments, frozen=frozen, kept=kept,
                                            rho=share or rho)
     record = unlearn(net, posterior, objective, settings["lr"], settings["steps"],
-                     settings["adam"], settings["accumulate"], seed, progress)
+                     settings["adam"], settings["accumulate"], seed)
 
     # The self-check: the same noise before and after; theta*'s features judge both.
     before = own[:CHECK_SAMPLES]
     after = draw(len(before))
     was_like = share_like(likeness.of_own[:CHECK_SAMPLES])
-    record.update(like_D_f=[was_like, share_like(likeness(after))], **counter)
-    hook.remove()
+    record["like_D_f"] = [was_like, share_like(likeness(after))]
     return record, before, after
 
 
@@ -599,13 +590,13 @@ def share_like(w):
     return (w > 0.5).float().mean().item()
 
 
-def print_outcome(record, seconds, args):
+def print_outcome(record, args):
     """What came of it, in words, and what to try next."""
     A_before = record["before"]["A"]
     A = record["after"]["A"]
     first, last = record["like_D_f"]
-    print(f"done after {record['steps']} steps ({seconds:.0f} s): A from {A_before:.4f} to "
-          f"{A:.4f}, theta by {record['moved_rms_sigma']:.4f} sigma (rms), samples like D_f from "
+    print(f"done after {record['steps']} steps: A from {A_before:.4f} to {A:.4f}, theta by "
+          f"{record['moved_rms_sigma']:.4f} sigma (rms), samples like D_f from "
           f"{100 * first:.1f}% to {100 * last:.1f}%")
     if A > 1:  # what a broken network draws does not look like D_f either
         also = "has lost more than D_f; try a larger --gamma, or a smaller --lr"
@@ -632,28 +623,24 @@ DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
 def with_defaults(args, ours, paper):
     """The flags; those that were left away (None) as the chosen loss has them. Raises
     UserError for a flag in which the loss has no part."""
-    if args.bound_weights and not args.paper:
-        raise UserError("--bound-weights belongs to --paper")
+    args.paper = args.paper or args.bound_weights
     if args.share and args.paper:
         raise UserError("--share has no part in --paper's loss: there --steps push harder")
-    if args.t_range and args.t_range[0] >= args.t_range[1]:
-        raise UserError("--t-range needs LOW < HIGH")
-    settings = vars(args).copy()
-    set_missing(settings, paper if args.paper else ours)
-    return argparse.Namespace(**settings)
+    set_missing(vars(args), paper if args.paper else ours)
+    return args
 
 
 def main(args):
     """Run the command line. Raises UserError for what the user can put right."""
     args = with_defaults(args, OURS, PAPER)
-    print(loss_in_words(args))
     device = pick_device(args.device)
     path, checkpoint = choose_checkpoint(args, device)
-    indices, classes = choose_classes(args, path, checkpoint.data)
+    indices = class_indices(args.forget_class or [], checkpoint.data["classes"])
+    classes = [checkpoint.data["classes"][i] for i in indices]
     output, picture = choose_output(args, path, checkpoint, classes)
 
     # What is given: the posterior, and images of D_f.
-    posterior, origin = choose_posterior(args, path, checkpoint, device)
+    posterior, origin = choose_posterior(args, checkpoint, device)
     images, rho = load_forget_images(args, checkpoint, indices)
     images = images.to(device)
     print(f"forgetting {args.forget_images or ', '.join(classes)}, from images {len(images):,}: "
@@ -667,22 +654,19 @@ def main(args):
     # Unlearn.
     unet = checkpoint.unet
     parent = digest(unet.state_dict().values())
-    began = time.time()
     settings = {name: getattr(args, name) for name in OURS}
     try:
         record, before, after = forget(
             unet, checkpoint.diffusion, posterior, images, rho, share=args.share, paper=args.paper,
-            bound_weights=args.bound_weights, seed=args.seed, progress=True, **settings)
+            bound_weights=args.bound_weights, seed=args.seed, **settings)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written")
         raise
-    print_outcome(record, time.time() - began, args)
+    print_outcome(record, args)
 
     # What was done, and how, goes into the file.
     record.update(
         classes=classes,
-        images_from=args.forget_images,
-        images=len(images),
         rho=rho,
         checkpoint=os.path.abspath(path),
         parent=parent,
@@ -691,22 +675,9 @@ def main(args):
     blocks = [to_uint8(samples[:64].cpu()) for samples in (before, after)]
     write_images(picture, blocks, args.overwrite)
 
-    print(f"cost: {cost_of(record['evaluations'], checkpoint)}")
     print(f"wrote {output}, and {picture}: before on the left, after on the right")
     if classes:
-        more = f" --data-root {shlex.quote(args.data_root)}" if args.data_root else ""
-        print(f"measure it: python evaluate.py --after {shlex.quote(output)}{more}")
-
-
-def loss_in_words(args):
-    """The formula of the loss, with its gamma."""
-    loss = ("L = (1-{gamma:g}) [rho/K |eps_theta-eps_target|^2 + "
-            "(1-rho) |eps_theta-eps_theta*|^2] / abar_t + {gamma:g} (d/P) B")
-    if args.paper:
-        loss = "L = -(1-{gamma:g}) A + {gamma:g} (d/P) B"
-    if args.bound_weights:
-        loss += ", A with the bound's C_t"
-    return loss.format(gamma=args.gamma)
+        print(f"measure it: python evaluate.py --after {shlex.quote(output)}")
 
 
 def gamma_paper(gamma, checkpoint, images):
@@ -715,16 +686,6 @@ def gamma_paper(gamma, checkpoint, images):
     P = sum(p.numel() for p in checkpoint.unet.parameters())
     weight = images.numel() * checkpoint.diffusion.T / P * gamma  # numel is N_f d
     return weight / (weight + 1 - gamma)
-
-
-def cost_of(evaluations, checkpoint):
-    """In words, beside what training took, where the checkpoint says that."""
-    said = f"{evaluations:,} network evaluations of one image"
-    settings = checkpoint.raw.get("settings")
-    if settings is None:
-        return said
-    training = 3 * settings["steps"] * settings["batch_size"]  # forward, and backward
-    return f"{said}, {100 * evaluations / training:.0f}% of training's {training:,}"
 
 
 def choose_checkpoint(args, device):
@@ -741,19 +702,6 @@ def choose_checkpoint(args, device):
     return path, checkpoint
 
 
-def choose_classes(args, path, data):
-    """(indices, names) of what to forget; none with --forget-images. Raises UserError
-    for classes that the model never saw, and for all that it knows."""
-    indices = class_indices(args.forget_class or [], data["classes"])
-    classes = [data["classes"][i] for i in indices]
-    if set(classes) & set(data["excluded"]):
-        raise UserError(f"{path} was trained without {', '.join(classes)}: nothing to forget")
-    known = len(data["classes"]) - len(data["excluded"])
-    if classes and len(classes) == known:
-        raise UserError("--forget-class names all classes: nothing would stay")
-    return indices, classes
-
-
 def choose_output(args, path, checkpoint, classes):
     """Where the result and its picture go. Raises UserError for what may not be
     replaced."""
@@ -768,13 +716,14 @@ def choose_output(args, path, checkpoint, classes):
     picture = str(Path(output).with_suffix(".png"))
     check_output(output, args.overwrite, WEIGHTS)
     check_output(picture, args.overwrite)
-    folder = Path(output).with_suffix("")
-    if "diffusers" in checkpoint.raw and folder.exists():
-        # --overwrite cannot help beside .safetensors, which diffusers reads first
-        if not args.overwrite or list(folder.glob("*.safetensors")):
-            raise UserError(f"{folder} exists, and a folder for diffusers is to be written there: "
-                            "choose another --output")
+    if "diffusers" in checkpoint.raw:
+        check_output(weights_for_diffusers(output), args.overwrite)
     return output, picture
+
+
+def weights_for_diffusers(output):
+    """Where the weights in diffusers' layout go: in a folder beside the output."""
+    return Path(output).with_suffix("") / "diffusion_pytorch_model.bin"
 
 
 def write_result(output, checkpoint, record, overwrite):
@@ -787,28 +736,24 @@ def write_result(output, checkpoint, record, overwrite):
         contents.pop(key, None)
     save_checkpoint(output, contents, overwrite)
     if "diffusers" in checkpoint.raw:
-        folder = Path(output).with_suffix("")
+        path = weights_for_diffusers(output)
         tensors = to_diffusers(checkpoint.unet, checkpoint.config["unet"]["num_res_blocks"])
-        save_checkpoint(folder / "diffusion_pytorch_model.bin", tensors, overwrite)
+        save_checkpoint(path, tensors, overwrite)
         for name, text in checkpoint.raw["diffusers"].items():
-            write_atomically(folder / name, lambda file: file.write(text.encode()), overwrite)
-        print(f"wrote {folder}, a folder for UNet2DModel.from_pretrained")
+            path.with_name(name).write_text(text)
+        print(f"wrote {path.parent}, a folder for UNet2DModel.from_pretrained")
 
 
-def choose_posterior(args, path, checkpoint, device):
+def choose_posterior(args, checkpoint, device):
     """(the posterior, its origin in words): given, kept with the model, or guessed.
     Raises UserError for files that are no samples of p(theta | D), or of others."""
     def weights_at_one_moment(file):
         moment = load_checkpoint(file)
-        beta = checkpoint.diffusion.beta.cpu()
-        same_beta = torch.equal(moment.diffusion.beta, beta)
-        same_output = moment.config["velocity"] == checkpoint.config["velocity"]
-        if moment.forgotten or not (same_beta and same_output):
-            raise UserError(f"{file} is no sample of p(theta | D): it is unlearned, or another's")
         if "train" in moment.raw:  # that step's weights, not their mean so far
             return moment.raw["train"]["unet"]
-        if moment.posterior:
-            raise UserError(f"{file} is the mean of a whole training: give copies made on the way")
+        if moment.posterior or moment.forgotten:
+            raise UserError(f"{file} is no sample of p(theta | D), but a mean of such, or "
+                            "unlearned: give copies made in the course of one training")
         return moment.unet.state_dict()
 
     if args.posterior:
@@ -816,9 +761,6 @@ def choose_posterior(args, path, checkpoint, device):
                                                        weights_at_one_moment)
     elif checkpoint.posterior:
         posterior = GaussianPosterior(**checkpoint.posterior)
-    elif "train" in checkpoint.raw:
-        raise UserError(f"{path} holds no posterior yet: finish its training with python "
-                        f"train_ddpm.py --resume --output {shlex.quote(path)}")
     else:
         return guessed_posterior(checkpoint.unet.named_parameters()), (
             "sigma* is guessed, 2% of each tensor's scale (--posterior FILE FILE measures it)")
@@ -855,31 +797,33 @@ def load_forget_images(args, checkpoint, indices):
 def add_unlearning_flags(p, ours, paper, share):
     """The flags that vdu.py and sd_unlearn.py share; with their dicts of defaults, and
     what --share is by default, in words."""
+    add = p.add_argument
     said = {k: f"(default: {ours[k]}, {paper[k]} with --paper)" for k in paper}
-    p.add_argument("--paper", action="store_true", help="the paper's two terms alone, A and B")
-    p.add_argument("--bound-weights", action="store_true", help="--paper with the bound's C_t")
-    p.add_argument("--gamma", type=number(float, 0, 1), help=f"weight of B {said['gamma']}")
-    p.add_argument("--lr", type=number(float, 1e-12), help=f"step size in z {said['lr']}")
-    p.add_argument("--steps", type=number(int, 1), help=said["steps"])
-    p.add_argument("--batch-size", type=number(int, 1), help=f"images a step {said['batch_size']}")
-    p.add_argument("--t-range", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
-                   help=f"shares of T between which A draws t; the paper: 0 1 {said['t_range']}")
-    p.add_argument("--anchors", type=number(int, 10), help=f"own samples {said['anchors']}")
-    p.add_argument("--share", type=number(float, 1e-6, 1 - 1e-6),
-                   help=f"rho of the push: more pushes harder (default: {share})")
-    p.add_argument("--posterior", nargs="+", help="mu*, sigma* from these files of one training")
+    add("--paper", action="store_true", help="the paper's two terms alone, A and B")
+    add("--bound-weights", action="store_true", help="--paper with the bound's C_t")
+    add("--gamma", type=number(float, 0, 1), help=f"weight of B {said['gamma']}")
+    add("--lr", type=number(float, 1e-12), help=f"step size in z {said['lr']}")
+    add("--steps", type=positive, help=said["steps"])
+    add("--batch-size", type=positive, help=f"images a step {said['batch_size']}")
+    add("--t-range", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
+        help=f"shares of T between which A draws t; the paper: 0 1 {said['t_range']}")
+    add("--anchors", type=number(int, 10), help=f"own samples {said['anchors']}")
+    add("--share", type=number(float, 1e-6, 1 - 1e-6),
+        help=f"rho of the push: more pushes harder (default: {share})")
+    add("--posterior", nargs="+", help="mu*, sigma* from these files of one training")
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--forget-class", nargs="+", help="by name; -a as --forget-class=-a")
     what.add_argument("--forget-images", metavar="DIR", help="what these images show; no labels")
-    p.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="default: checkpoints/mnist.pt")
-    p.add_argument("--output", help="default: CHECKPOINT-forget-CLASS.pt")
-    p.add_argument("--forget-samples", type=number(int, 1), help="images per class (default: all)")
-    p.add_argument("--data-root", help="folder of the dataset (default: as in training)")
+    add("--checkpoint", default=DEFAULT_CHECKPOINT, help="default: checkpoints/mnist.pt")
+    add("--output", help="default: CHECKPOINT-forget-CLASS.pt")
+    add("--forget-samples", type=positive, help="images per class (default: all)")
+    add("--data-root", help="folder of the dataset (default: as in training)")
     add_unlearning_flags(p, OURS, PAPER, "counted; 0.1 for --forget-images")
     add_shared_flags(p)
     return p

@@ -29,7 +29,7 @@ from ddpm import read_file
 from test_ddpm import CONFIG, write
 from train_ddpm import load_dataset
 
-RED = "\u7ea2"  # a name that many terminals cannot show
+RED = "\u7ea2"
 CLASSES = ["blue", "green", RED]
 TRAINED = "checkpoints/images.pt"
 WITHOUT = f"checkpoints/images-without-{RED}.pt"
@@ -41,11 +41,11 @@ TRAIN = ("train_ddpm.py --dataset folder --data-root images --image-size 8 --ste
 VDU = f"vdu.py --checkpoint {TRAINED}"
 
 
-def command(line, cwd, code=0, encoding="utf-8"):
+def command(line, cwd, code=0):
     """All that a command line prints. It has to end with this exit code."""
     script, *args = shlex.split(line)
     module = importlib.import_module(Path(script).stem)
-    screen = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+    screen = io.StringIO()
     ended = 0
     with MonkeyPatch.context() as patch:
         patch.chdir(cwd)
@@ -56,7 +56,7 @@ def command(line, cwd, code=0, encoding="utf-8"):
             ddpm.run_command_line(lambda: module.main(module.parser().parse_args()))
         except SystemExit as e:
             ended = e.code
-    said = screen.buffer.getvalue().decode(encoding)
+    said = screen.getvalue()
     assert ended == code, said
     return said
 
@@ -119,8 +119,8 @@ def folder(tmp_path_factory):
 
     with MonkeyPatch.context() as patch:
         patch.setitem(train_ddpm.NETWORKS, "small", tiny)
-        said = command(TRAIN, cwd, encoding="cp1252")
-        assert r"48 images of 3x8x8 (folder) in 3 classes (blue, green, \u7ea2)" in said
+        said = command(TRAIN, cwd)
+        assert f"48 images of 3x8x8 (folder) in 3 classes (blue, green, {RED})" in said
         command(f"{TRAIN} --exclude-class {RED} --steps 2 --output {WITHOUT}", cwd)
         command(f"{VDU} --forget-class {RED} --steps 3 --batch-size 8 --anchors 10", cwd)
         cut_short = (cwd / TRAINED).read_bytes()[:9999]
@@ -158,7 +158,6 @@ def test_an_unlearned_checkpoint_remembers(folder, file, classes, rho, steps):
     record = ddpm.load_checkpoint(folder / file).forgotten
 
     assert record["classes"] == classes
-    assert record["images"] == 16
     assert record["rho"] == rho
     assert record["checkpoint"] == str(folder / TRAINED)
     assert record["settings"]["steps"] == steps
@@ -188,7 +187,7 @@ def test_the_picture_shows_the_same_noise_before_and_after(folder, name, unchang
 
 
 def test_a_block_of_the_picture_for_each_model(folder):
-    line = f"ddpm.py {TRAINED} {TRAINED} {FORGOT} --n 4 --sampling-steps 3"
+    line = f"ddpm.py {TRAINED} {TRAINED} {FORGOT} --n 4"
     command(f"{line} --output blocks.png", folder)
 
     first, second, third = pil_to_tensor(Image.open(folder / "blocks.png")).chunk(3, dim=2)
@@ -240,13 +239,12 @@ def wrong(folder):
     trained = read_file(folder / TRAINED)
     data = trained["data"]
     g1 = read_file(folder / "g1.pt")
-    files = ["cat.png", "other/g1/after.png", "spoilt/a/image.png", "model-00001-of-00002.bin",
+    files = ["cat.png", "other/g1/after.png", "spoilt/a/image.png",
              "half/MNIST/raw/train-images-idx3-ubyte", "elsewhere/mine"]
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"mine")
     for name, contents in {
-        "unfinished": trained | {"posterior": None, "train": {}},
         "letters": trained | {"data": data | {"classes": ["a", "b", "c"]}},
         "others": trained | {"data": data | {"digest": "0"}, "train": {}},
         "elsewhere/images": read_file(folder / WITHOUT),  # has the name of the parent
@@ -268,15 +266,14 @@ train_ddpm.py --resume --output others.pt | others.pt was trained on other image
 train_ddpm.py --data-root half | mnist | damaged | half/MNIST/raw
 train_ddpm.py --dataset cifar10 | cannot be downloaded | data/cifar-10-batches-py
 train_ddpm.py --dataset tiny-imagenet | cannot be downloaded | tiny-imagenet-200
-train_ddpm.py --dataset folder --data-root spoilt | cannot read the image spoilt/a/image.png
-{TRAIN} --output x.pt --lr 1e18 | the loss became | after saving step 0 | than 1e+18
+train_ddpm.py --dataset folder --data-root spoilt | cannot read the image | spoilt/a/image.png
+{TRAIN} --output x.pt --lr 1e18 | the loss became | at step | than 1e+18
 vdu.py --forget-class blue --gamma 1.5 | argument --gamma: must be from 0 to 1, not 1.5
 vdu.py --forget-class blue {FEW} --t-range 0 0.0004 | t_range needs
 vdu.py --forget-class blue {FEW} --steps 9 --lr 1e18 | became infinite at step | nothing was
-vdu.py --forget-class blue --bound-weights | --bound-weights belongs to --paper
 vdu.py --forget-class blue --paper --share 0.5 | --share has no part
-vdu.py --forget-images cat.png | cat.png is no folder
-vdu.py --forget-images nowhere | nowhere is no folder
+vdu.py --forget-images cat.png | no images in the folder cat.png
+vdu.py --forget-class {RED} blue green --output x.pt | 100% of what the model was trained on
 vdu.py --forget-class blue --device abacus | no device 'abacus'
 vdu.py --forget-class pink | no class 'pink' | blue; green
 vdu.py --forget-class blue --output x.txt | x.txt has to end in .pt
@@ -287,12 +284,10 @@ vdu.py --forget-class blue --output {'x' * 300}.pt | name too long
 vdu.py --forget-class blue --output {TRAINED} --overwrite | is the --checkpoint itself
 vdu.py --forget-class blue --checkpoint no.pt | no checkpoint at no.pt | train_ddpm.py
 vdu.py --forget-class blue --checkpoint checkpoints/newest.pt | damaged or cut short
-vdu.py --forget-class blue --checkpoint model-00001-of-00002.bin | one shard of several
-vdu.py --forget-class blue --checkpoint unfinished.pt | train_ddpm.py --resume --output unfin
 vdu.py --forget-class blue --checkpoint g1.pt | g1.pt has already forgotten something
-vdu.py --forget-class blue --posterior {TRAINED} g1.pt | {TRAINED} is the mean of a whole
+vdu.py --forget-class blue --posterior {TRAINED} g1.pt | {TRAINED} is no sample | a mean
 vdu.py --forget-class blue --posterior g1.pt {TRAINED} | g1.pt is no sample | unlearned
-vdu.py --forget-class blue --data-root nowhere | not in nowhere any more | --data-root
+vdu.py --forget-class blue --data-root nowhere | no images of the class blue in nowhere
 ddpm.py {TRAINED} --output cat.png | cat.png exists
 ddpm.py {TRAINED} tests/none.pt | no checkpoint at tests/none.pt
 evaluate.py | results/images-forget-{RED}/report.json exists | --overwrite
@@ -342,7 +337,7 @@ def test_what_came_of_it_is_said_with_what_to_try(capsys, A, like, flags, advice
               "steps": 1, "moved_rms_sigma": 1}
     args = vdu.parser().parse_args(["--forget-class", "1", *flags.split()])
 
-    vdu.print_outcome(record, 1, args)
+    vdu.print_outcome(record, args)
 
     assert advice in capsys.readouterr().out
 
@@ -415,7 +410,6 @@ def test_interrupted_training_resumes_to_the_same_result(folder, monkeypatch):
     assert "saved step 31 of 32" in again
     assert same(whole["weights"], resumed["weights"])
     assert same(whole["posterior"]["std"], resumed["posterior"]["std"])
-    assert whole["losses"] == resumed["losses"]
     assert "train" not in resumed
     assert not (folder / "stopped.pt").exists()
 
@@ -450,7 +444,7 @@ def cifar10(tmp_path, monkeypatch):
 def test_cifar10_is_read_as_it_is_published(cifar10, tmp_path):
     images, labels, data = load_dataset("cifar10", tmp_path / "my data")
     test_images, _, _ = load_dataset("cifar10", tmp_path / "my data", train=False)
-    horses, _, _ = load_dataset("cifar10", tmp_path / "my data", only=["horse"])
+    horses, _, _ = load_dataset("cifar10", tmp_path / "my data", only=[7])
 
     assert data["classes"] == ddpm.CIFAR10_CLASSES
     assert labels.tolist() == [*range(10)] * 5
@@ -469,8 +463,7 @@ def test_published_weights_forget_a_class_and_are_found_again(cifar10, tmp_path,
 
     output = "checkpoints/ddpm-forget-horse.pt"
     after = ddpm.load_checkpoint(tmp_path / output)
-    assert f"evaluate.py --after {output} --data-root 'my data'\n" in said
-    assert after.forgotten["images"] == 5
+    assert f"evaluate.py --after {output}\n" in said
     assert evaluate.parent_of(after, "cpu").path == str(tmp_path / "ddpm")
 
 

@@ -49,7 +49,6 @@ def trained(tmp_path_factory):
     settings = dict(
         output=path,
         overwrite=False,
-        save_every=99,
         steps=40,
         seed=3,
         batch_size=4,
