@@ -467,8 +467,7 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
             if package not in REFUSED or module.startswith("torch.optim."):
                 stand_ins.append(type(last, (StandIn,), {"__module__": module}))
 
-        # By this ending torch.load takes a path to be in the safetensors format.
-        lazy = lazy and is_zip and not path.endswith(".safetensors")
+        lazy = lazy and is_zip
         with torch.serialization.safe_globals(stand_ins), open(path, "rb") as f:
             source = path if lazy else f
             return torch.load(source, "cpu", weights_only=True, mmap=lazy)
@@ -772,10 +771,12 @@ def first_line(error, length=120):
     return str(error).partition("\n")[0][:length] or type(error).__name__
 
 
-def run_command_line(main):
-    """Call main(). What the user can mend: one line and code 2. Ctrl-C: code 130."""
+def run_command_line(main, parser):
+    """main(what was typed). An error that the user can mend: one line and code 2.
+    Ctrl-C: code 130."""
+    args = parser.parse_args()
     try:
-        main()
+        main(args)
     except (UserError, OSError) as e:
         print(f"error: {first_line(e, None)}", file=sys.stderr)
         sys.exit(2)
@@ -927,4 +928,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    run_command_line(lambda: main(parser().parse_args()))
+    run_command_line(main, parser())

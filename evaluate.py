@@ -640,4 +640,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    run_command_line(lambda: main(parser().parse_args()))
+    run_command_line(main, parser())

@@ -32,7 +32,6 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, MNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
@@ -266,8 +265,7 @@ class Run:
             betas=(0.9, 0.99),
             fused=device.type != "mps")
         self.step = 0  # done so far
-        self.loss = None   # a running mean
-        self.overwrite = settings["overwrite"]  # what it wrote itself it may replace
+        self.loss = None  # a running mean
 
     def theta(self):
         """mu*, once there is one: the last weights alone have the noise of a step."""
@@ -291,8 +289,8 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "loss": self.loss,
                 "posterior": vars(self.posterior)}
-        save_checkpoint(self.settings["output"], contents, self.overwrite)
-        self.overwrite = True
+        save_checkpoint(self.settings["output"], contents, self.settings["overwrite"])
+        self.settings["overwrite"] = True  # what it wrote itself it may replace
 
     def restore(self, saved, device):
         """Go on from the contents of an interrupted run's file."""
@@ -302,7 +300,6 @@ class Run:
         self.unet.load_state_dict(train["unet"])
         self.optimizer.load_state_dict(train["optimizer"])
         self.posterior = GaussianPosterior(**train["posterior"]).to(device)
-        self.overwrite = True
 
     def take_step(self, x0):
         """One step of Adam on images x0 (B, C, H, W); returns its loss."""
@@ -389,7 +386,7 @@ def read_settings(args):
     saved = read_file(output)
     if "train" not in saved:
         raise UserError(f"{output} is no interrupted run: there is nothing to resume")
-    settings = dict(saved["settings"], output=output, overwrite=args.overwrite)
+    settings = dict(saved["settings"], output=output, overwrite=True)
     if root is not None:
         settings["data_root"] = root
     return settings, saved
@@ -483,27 +480,14 @@ def load_dataset(name, root=None, train=True, image_shape=(None, 32, 32), only=N
     downloaded."""
     folder = Path(root or "data")
     download = root is None  # into data/
-    data = {"name": name, "source": "torchvision", "root": os.path.abspath(folder)}
+    data = {"name": name, "source": str(folder), "root": os.path.abspath(folder)}
     try:
         # images: the pixels, or where they are to be read from image files, the paths
         if folder == MNIST_5K:
-            images, labels = load_mnist_5k(train)
-            data.update(source=MNIST_5K.name, root=None, classes=DIGITS)
-        elif name == "mnist":
-            images, labels = load_mnist(folder, train, download)
-            data["classes"] = DIGITS
-        elif name == "cifar10":
-            dataset = CIFAR10(folder, train, download=download)
-            images = torch.from_numpy(dataset.data)  # (N, H, W, C)
-            images = images.permute(0, 3, 1, 2).contiguous()
-            labels = torch.tensor(dataset.targets)
-            data["classes"] = dataset.classes
-        elif name == "tiny-imagenet":
-            images, labels, data["classes"] = list_tiny_imagenet(folder, train, download)
-            image_shape = (3, 64, 64)
+            images, labels, data["classes"] = load_mnist_5k(train)
+            data.update(source=MNIST_5K.name, root=None)
         else:
-            images, labels, data["classes"] = list_folder(folder, train, classes)
-            data["source"] = "folder"
+            images, labels, data["classes"] = load_published(name, folder, train, download, classes)
     except (UserError, PermissionError):
         raise
     except Exception as e:  # over damaged files torchvision fails in many ways
@@ -524,9 +508,26 @@ def load_dataset(name, root=None, train=True, image_shape=(None, 32, 32), only=N
         return None, None, data
     keep = torch.isin(labels, torch.tensor(wanted)).numpy()  # (N,) bool
     images = images[keep]
+    if name == "tiny-imagenet":
+        image_shape = (3, 64, 64)
     if isinstance(images, np.ndarray):  # paths
         images = read_images(images, image_shape)
     return images, labels[keep], data
+
+
+def load_published(name, folder, train, download, classes):
+    """(images or paths, labels, classes): a dataset by torchvision, or a folder."""
+    if name == "mnist":
+        dataset = MNIST(folder, train, download=download)
+        return dataset.data[:, None], dataset.targets, DIGITS
+    if name == "cifar10":
+        dataset = CIFAR10(folder, train, download=download)
+        images = torch.from_numpy(dataset.data)  # (N, H, W, C)
+        images = images.permute(0, 3, 1, 2).contiguous()
+        return images, torch.tensor(dataset.targets), dataset.classes
+    if name == "tiny-imagenet":
+        return list_tiny_imagenet(folder, train, download)
+    return list_folder(folder, train, classes)
 
 
 def load_mnist_5k(train):
@@ -535,20 +536,7 @@ def load_mnist_5k(train):
     # all of them are for training
     n = len(arrays["labels"]) if train else 0
     images = torch.from_numpy(arrays["images"][:n])[:, None]
-    return images, torch.from_numpy(arrays["labels"][:n]).long()
-
-
-def load_mnist(folder, train, download):
-    """MNIST as it is published, in files named -idx3- or .idx3-. Raises any error."""
-    if download:
-        MNIST(folder, download=True)
-    part = "train" if train else "t10k"
-    raw = folder / DATASETS["mnist"]  # where torchvision puts them
-    files = sorted(raw.glob(f"{part}-*idx?-ubyte"))  # images, then labels
-    if len(files) != 2:
-        raise ValueError(f"no {part}-images-idx3-ubyte and {part}-labels-idx1-ubyte, unpacked")
-    images, labels = map(read_sn3_pascalvincent_tensor, files)
-    return images[:, None], labels
+    return images, torch.from_numpy(arrays["labels"][:n]).long(), DIGITS
 
 
 def list_tiny_imagenet(root, train, download):
@@ -648,7 +636,7 @@ def title_of(data):
 def class_indices(names, classes):
     """Class names -> their indices, sorted; a name, or one of its words ("goldfish").
     A name counts as it is written, else without regard to capitals. Raises UserError
-    that lists the classes there are, or those that a name could mean."""
+    that lists the classes there are."""
     if names and not classes:
         raise UserError("this model has no names of classes: vdu.py takes --forget-images, and its "
                         "picture shows what came of it")
@@ -657,12 +645,10 @@ def class_indices(names, classes):
         name = unicodedata.normalize("NFC", name)  # an accent may be typed in two ways
         found = [i for i, c in enumerate(classes) if c == name]
         if not found:
-            lower = name.lower()
-            found = [i for i, c in enumerate(classes)
-                     if lower == c.lower() or lower in c.lower().split(", ")]
+            found = [i for i, c in enumerate(classes) if name.lower() in c.lower().split(", ")]
         if len(found) != 1:
-            could = [classes[i] for i in found] or classes
-            raise UserError(f"no class {name!r}, or more than one: choose among {'; '.join(could)}")
+            raise UserError(f"no class {name!r}, or more than one: choose among "
+                            f"{'; '.join(classes)}")
         indices.update(found)
     return sorted(indices)
 
@@ -671,17 +657,13 @@ def class_indices(names, classes):
 # Image files and pixels
 
 def subfolders(folder):
-    """{name: path} of the folders in a folder, in order; names in Unicode's NFC. Raises
-    UserError for two that differ in nothing else."""
-    if not folder.is_dir():
-        return {}
+    """{name: path} of the folders in a folder, in order; names in Unicode's NFC. (Of
+    two that differ in nothing else one counts; list_images says that it passes over the
+    other's files.)"""
     found = {}
-    for path in folder.iterdir():
-        if path.is_dir() and not path.name.startswith((".", "__MACOSX")):
-            name = unicodedata.normalize("NFC", path.name)
-            if name in found:
-                raise UserError(f"{folder} has two folders that are both called {name}")
-            found[name] = path
+    for path in folder.glob("*/"):
+        if not path.name.startswith((".", "__MACOSX")):
+            found[unicodedata.normalize("NFC", path.name)] = path
     return dict(sorted(found.items()))
 
 
@@ -785,4 +767,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    run_command_line(lambda: main(parser().parse_args()))
+    run_command_line(main, parser())

@@ -205,43 +205,38 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
 
     before = numbers_on_one_batch(objective, net, seed)
     net.zero_grad()  # of what came before
+    bar = tqdm(range(steps), "unlearning")
     finite = True
-    with tqdm(range(steps), desc="unlearning", unit="step") as bar:
-        for step in bar:
-            if adam:  # whose steps do not shrink by themselves
-                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
+    for step in bar:
+        if adam:  # whose steps do not shrink by themselves
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
 
-            # dL/dtheta, a mean over batches
-            for _ in range(accumulate):
-                loss, numbers = objective(net)
-                (loss / accumulate).backward()
+        # dL/dtheta, a mean over batches
+        for _ in range(accumulate):
+            loss, numbers = objective(net)
+            (loss / accumulate).backward()
 
-            # dL/dz = sigma* dL/dtheta, by the chain rule
-            for k, p in theta.items():
-                if p.grad is not None:
-                    z[k].grad = p.grad.mul_(posterior.std[k]).div_(unit)
-                p.grad = None
-            optimizer.step()
-            posterior.set_weights(z, theta)
+        # dL/dz = sigma* dL/dtheta, by the chain rule
+        for k, p in theta.items():
+            if p.grad is not None:
+                z[k].grad = p.grad.mul_(posterior.std[k]).div_(unit)
+            p.grad = None
+        optimizer.step()
+        posterior.set_weights(z, theta)
 
-            bar.set_postfix(numbers, refresh=False)
-            finite = math.isfinite(loss.item())
-            if not finite:
-                break
+        bar.set_postfix(numbers, refresh=False)
+        finite = math.isfinite(loss.item())
+        if not finite:
+            break
 
-    moved = root_mean_square(z.values())
+    z = torch.cat([v.flatten() for v in z.values()])
+    moved = z.square().mean().sqrt().item()
     if not finite or not math.isfinite(moved):
         net.load_state_dict(posterior.mean, strict=False)
         raise UserError(f"loss or weights became infinite at step {step + 1}; nothing was written: "
                         f"try a larger gamma or a smaller lr than {lr:g}")
     after = numbers_on_one_batch(objective, net, seed)
     return {"steps": steps, "before": before, "after": after, "moved_rms_sigma": moved}
-
-
-def root_mean_square(tensors):
-    """Of all numbers in the tensors."""
-    flat = torch.cat([v.flatten() for v in tensors])
-    return flat.square().mean().sqrt().item()
 
 
 @torch.no_grad()
@@ -830,4 +825,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    run_command_line(lambda: main(parser().parse_args()))
+    run_command_line(main, parser())
