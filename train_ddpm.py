@@ -330,9 +330,7 @@ def train(run, images, device):
     settings = run.settings
     steps = settings["steps"]
     B = min(settings["batch_size"], len(images))
-    # The bar counts images: so its speed means the same at any batch size.
-    bar = tqdm(total=steps * B, initial=run.step * B, desc="training", unit="img",
-               unit_scale=True, dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=run.step, desc="training", unit="step")
     with StopRequest() as stop, bar:
         while run.step < steps:
             # A batch, mirrored or not.
@@ -347,9 +345,8 @@ def train(run, images, device):
             if not math.isfinite(loss):  # no step was taken: see training_step
                 raise UserError(f"the loss became {loss} at step {run.step}: try a smaller --lr "
                                 f"than {settings['lr']:g}")
-            bar.update(B)
-            bar.set_postfix(loss=f"{run.loss:.4f}", step=run.step, posterior=run.posterior.n,
-                            refresh=False)
+            bar.update()
+            bar.set_postfix(loss=run.loss, posterior=run.posterior.n, refresh=False)
 
             # Save now and then, on Ctrl-C, and at the end.
             finished = run.step == steps

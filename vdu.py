@@ -765,28 +765,21 @@ def choose_posterior(args, checkpoint, device):
 def load_forget_images(args, checkpoint, indices):
     """D_f as (N, C, H, W) in [-1, 1], and rho, its share of the training set: counted;
     with --forget-images it is --share, or 0.1. Other classes' files stay shut."""
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def shuffled(x):
-        return x[torch.randperm(len(x), generator=generator)]
-
-    if args.forget_images is not None:
-        images = shuffled(load_images(args.forget_images, checkpoint.config["image_shape"]))
-        return to_float(images[: args.forget_samples]), args.share or 0.1
-
     data = checkpoint.data
-    images, labels = load_data_of(checkpoint, args.data_root, only=indices)
-    n = len(images)
-    if "counts" in data:
-        n = sum(data["counts"][i] for i in indices)
-    chosen = []
-    for i in indices:
-        of_class = (labels == i).nonzero().flatten()
-        chosen.append(shuffled(of_class)[: args.forget_samples])
-    chosen = torch.cat(chosen)
-    if len(indices) > 1:  # mixed, so that any part of them is one of all
-        chosen = shuffled(chosen)
-    return to_float(images[chosen]), n / data["images"]
+    if args.forget_images is not None:
+        images = load_images(args.forget_images, checkpoint.config["image_shape"])
+        rho = args.share or 0.1
+    else:
+        images, _ = load_data_of(checkpoint, args.data_root, only=indices)
+        n = len(images)
+        if "counts" in data:  # when it was trained; some may be gone
+            n = sum(data["counts"][i] for i in indices)
+        rho = n / data["images"]
+
+    # In random order, so that any part of them is one of all.
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(images), generator=generator)
+    return to_float(images[order[: args.forget_samples]]), rho
 
 
 def add_unlearning_flags(p, ours, paper, share):
@@ -817,7 +810,7 @@ def parser():
     what.add_argument("--forget-images", metavar="DIR", help="what these images show; no labels")
     add("--checkpoint", default=DEFAULT_CHECKPOINT, help="default: checkpoints/mnist.pt")
     add("--output", help="default: CHECKPOINT-forget-CLASS.pt")
-    add("--forget-samples", type=positive, help="images per class (default: all)")
+    add("--forget-samples", type=positive, help="images of it, at most (default: all)")
     add("--data-root", help="folder of the dataset (default: as in training)")
     add_unlearning_flags(p, OURS, PAPER, "counted; 0.1 for --forget-images")
     add_shared_flags(p)
