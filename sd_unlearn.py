@@ -5,6 +5,8 @@
     python sd_unlearn.py sample --checkpoint sd-v1-4.ckpt sd-no-golf.ckpt \\
         --merges merges.txt --prompt "a photo of a golf ball" --output golf.png
 
+Their flags: python sd_unlearn.py unlearn --help, python sd_unlearn.py sample --help
+
 Holds    unlearning and sampling; what Stable Diffusion has and a plain DDPM has not:
          the autoencoder, the text encoder, its tokenizer, the file. The network is
          unet.py's with context_dim set, the diffusion ddpm.py's, the method vdu.py's.
@@ -19,27 +21,25 @@ the published model; L = 77 tokens; E numbers per token (768).
 """
 
 import argparse
-import gzip
 import html
 import math
 import re
-import shlex
 import unicodedata
 from collections import OrderedDict, namedtuple
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from ddpm import (WEIGHTS, Diffusion, UserError, add_shared_flags, check_finite, check_output,
-                  first_line, number, pick_device, read_file, run_command_line, save_checkpoint,
+                  number, pick_device, positive, read_file, run_command_line, save_checkpoint,
                   state_dict_of, to_float, to_uint8, write_images)
 from train_ddpm import GaussianPosterior, load_images, moving_parameters
 from unet import UNet, normalization, split_heads
 from vdu import (FunctionSpaceObjective, Likeness, PaperObjective, add_unlearning_flags,
-                 features_of_clean, frozen_network, guessed_posterior,
-                 middle_features, print_outcome, share_like, unlearn, with_defaults)
+                 features_of_clean, frozen_network, guessed_posterior, middle_features,
+                 print_outcome, share_like, unlearn, with_defaults)
 
 # Stable Diffusion v1: the sizes of its networks, their names in the file, and the
 # factor that brings latents to unit variance, in which the diffusion works.
@@ -55,34 +55,35 @@ SIZES = {
     "autoencoder": dict(
         ch=128,
         ch_mult=(1, 2, 4, 4),
-        num_res_blocks=2,
-        z_channels=4),
+        num_res_blocks=2),
     "text_encoder": dict(
         vocab_size=49408,
         width=768,
         layers=12,
         num_heads=12,
-        mlp_width=3072,
-        positions=77)}
+        mlp_width=3072)}
 PREFIX = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
           "text_encoder": "cond_stage_model.transformer."}
+LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215
+LENGTH = 77  # tokens of a prompt: one to start, at least one to end
 
 
-class StableDiffusion(namedtuple("_", "unet autoencoder text_encoder tokenizer diffusion")):
+class StableDiffusion(namedtuple("_", "unet autoencoder text_encoder tokenizer diffusion device")):
     """What `load` returns.
 
     unet          unet(x, t, context) -> eps_theta: latents, (B,), (B, 77, 768)
     autoencoder   .encode(x) -> moments, .decode(z), .to_latents(x), .to_images(z)
     text_encoder  text_encoder(ids) -> context
     tokenizer     tokenizer(texts) -> ids (N, 77)
-    diffusion     ddpm.Diffusion with Stable Diffusion's schedule"""
+    diffusion     ddpm.Diffusion with Stable Diffusion's schedule
+    device        where they are, but for the tokenizer"""
 
     @torch.no_grad()
     def context(self, prompts):
         """Prompts (a list of N) -> (N, 77, E)."""
         ids = self.tokenizer(prompts)  # (N, 77)
-        return self.text_encoder(ids.to(self.diffusion.beta.device))
+        return self.text_encoder(ids.to(self.device))
 
 
 # --------------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ NEUTRAL_PROMPTS = ("", "a photo of a person", "a photo of an animal", "a photo o
                    "a painting", "a portrait", "a street", "a room", "a drawing")
 
 
+@dataclass
 class PromptedObjective(FunctionSpaceObjective):
     """FunctionSpaceObjective with prompts. In (b) of vdu.py, theta* with the empty
     prompt stands for eps_theta*, that of all images, and with the concept's prompt for
@@ -122,11 +124,13 @@ class PromptedObjective(FunctionSpaceObjective):
     It is the target: eps_theta* + w/(1-w) (eps_theta* - eps_f), as in ESD (Gandikota et
     al. 2023).  empty: (1, L, E)."""
 
+    _: KW_ONLY
+    empty: torch.Tensor  # the encoded prompt of no words
+
     K = 3.0  # not (b)'s K: w/(1-w), as if of images like x_t three in four were of D_f
 
-    def __init__(self, *args, empty, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.empty = empty  # the encoded prompt of no words
+    def __post_init__(self):
+        super().__post_init__()
         self.weight_of_forget = self.rho  # no noise to damp: not rho/K
 
     def eps_target(self, xt, t, eps, eps_f):
@@ -142,29 +146,25 @@ def run_unlearn(args):
     """sd_unlearn.py unlearn. Raises UserError for what the user can put right."""
     args = with_defaults(args, OURS, PAPER)
     check_output(args.output, args.overwrite, WEIGHTS)
-    if not args.concept.strip():
-        raise UserError("--concept must say what will be forgotten")
-    if args.concept.lower() in [name.lower() for name in args.keep]:
-        raise UserError(f"--keep names the --concept itself, {args.concept!r}")
+    if args.concept.strip().lower() in ["", *map(str.lower, args.keep)]:
+        raise UserError("--concept must say what will be forgotten, and --keep something else")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
 
-    # What is given: the model, its posterior, images.
+    # What is given: the model, its posterior, images. Say what will happen.
     model = load(args.checkpoint, args.merges, device)
-    check_size(model, args.size)
     images = load_images(args.images, (3, args.size, args.size))
     posterior = choose_moving(model.unet, args)
-    # Say what will happen.
-    n_moving = sum(mean.numel() for mean in posterior.mean.values())
     print(f"forgetting {args.concept!r}: images {len(images)}, of {args.size} pixels, moving "
-          f"{n_moving / 1e6:.1f}M parameters, steps: {args.steps}, on {device}; posterior of "
+          f"{args.parameters} parameters in {args.steps} steps, on {device}; posterior of "
           f"{posterior.n} checkpoints (with 1, sigma* is a guess)")
-
-    # Unlearn; and draw from the same noise before and after.
     objective, likeness = choose_objective(model, posterior, to_float(images), args)
 
+    # Unlearn; and draw from the same noise before and after.
     def share_of_concept():
-        latents = draw(model, TEMPLATES[2].format(args.concept), CHECK_SAMPLES, args.seed, args)
+        prompt = TEMPLATES[2].format(args.concept)
+        latents = sample_latents(model, prompt, CHECK_SAMPLES, args.size, args.seed,
+                                 args.batch_size)
         return share_like(likeness(latents))
 
     was_like = share_of_concept()
@@ -174,18 +174,11 @@ def run_unlearn(args):
     print_outcome(record, args)
 
     # The file: the checkpoint with other weights, and what was done.
-    record.update(concept=args.concept, images=len(images), settings=vars(args))
-    weights = model.unet.state_dict()  # all of them, by name
-    moved = {k: weights[k] for k in posterior.mean}
+    record.update(images=len(images), settings=vars(args))
+    moved = moving_parameters(model.unet)
     save(args.output, args.checkpoint, moved, record, args.overwrite)
-    files = f"{shlex.quote(args.checkpoint)} {shlex.quote(args.output)}"
-    print(f"wrote {args.output}; look at it: python sd_unlearn.py sample --checkpoint {files} ...")
-
-
-def draw(model, prompt, n, seed, args):
-    """n latents for a prompt, on the model's device: 20 steps, guidance 5."""
-    latents = sample_latents(model, prompt, n, args.size, 20, 5.0, seed, args.batch_size)
-    return latents.to(model.diffusion.beta.device)
+    print(f"wrote {args.output}; look at it: python sd_unlearn.py sample --checkpoint "
+          f"{args.checkpoint} {args.output} ...")
 
 
 def choose_moving(unet, args):
@@ -195,8 +188,7 @@ def choose_moving(unet, args):
         p.requires_grad_(args.parameters == "all" or ".attn2." in k)
 
     def read_unet(path):
-        tensors, _ = read_tensors(path)
-        return tensors_of(tensors, "unet")
+        return {k.removeprefix(PREFIX["unet"]): v for k, v in read_tensors(path).items()}
 
     if args.posterior:
         posterior = GaussianPosterior.from_checkpoints(args.posterior, unet, read_unet)
@@ -208,16 +200,15 @@ def choose_moving(unet, args):
 
 def choose_objective(model, posterior, images, args):
     """(the loss, Likeness) of images (N, 3, H, W) in [-1, 1]."""
-    frozen = frozen_network(model.unet, posterior)
-
-    # D_f as latents with its prompts ...
-    latents = []
-    for image in tqdm(images, desc="encoding", unit="image"):
-        x = image[None].to(model.diffusion.beta.device)
-        latents.append(model.autoencoder.to_latents(x))
+    # D_f as latents, one by one, which bounds the memory; with its prompts ...
+    to_latents = model.autoencoder.to_latents
+    latents = [to_latents(image.to(model.device)) for image in images.split(1)]
     forget = torch.cat(latents)  # (N, 4, h, w)
     prompts = [template.format(args.concept) for template in TEMPLATES]
     context = model.context(prompts)
+    arguments = (model.diffusion, posterior, forget, args.gamma, args.batch_size,
+                 args.t_range, context)
+    objective = PaperObjective(*arguments, bound_weights=args.bound_weights)  # it checks t_range
 
     # ... and what theta* draws for other prompts: as many images of each.
     others = [prompt for prompt in NEUTRAL_PROMPTS if args.concept.lower() not in prompt]
@@ -225,8 +216,8 @@ def choose_objective(model, posterior, images, args):
         others += [template.format(name) for template in TEMPLATES]
     each = math.ceil(args.anchors / len(others))  # images of each prompt
     kept = []
-    for i, prompt in enumerate(tqdm(others, desc="anchors", unit="prompt")):
-        kept.append(draw(model, prompt, each, args.seed + 1 + i, args))
+    for seed, prompt in enumerate(others, args.seed + 1):
+        kept.append(sample_latents(model, prompt, each, args.size, seed, args.batch_size))
     kept = torch.cat(kept)
     kept_context = model.context(others).repeat_interleave(each, 0)
 
@@ -234,58 +225,46 @@ def choose_objective(model, posterior, images, args):
     # known: they stand for theta*'s own samples, in which w is learned.
     empty = model.context([""])
     both = torch.cat([forget, kept])
+    frozen = frozen_network(model.unet, posterior)
     features = middle_features(model.unet, frozen, empty)
     of_clean = features_of_clean(features, model.diffusion)
     likeness = Likeness(of_clean, forget, both, len(forget) / len(both))
 
-    arguments = (model.diffusion, posterior, forget, args.gamma, args.batch_size,
-                 args.t_range, context)
-    if args.paper:
-        return PaperObjective(*arguments, bound_weights=args.bound_weights), likeness
-    objective = PromptedObjective(*arguments, frozen=frozen, kept=kept, rho=args.share or 0.5,
-                                  kept_context=kept_context, empty=empty)
+    if not args.paper:
+        objective = PromptedObjective(*arguments, frozen=frozen, kept=kept, rho=args.share or 0.5,
+                                      kept_context=kept_context, empty=empty)
     return objective, likeness
 
 
 # --------------------------------------------------------------------------------------
 # Sampling
 
-def guided(unet, context, negative, scale):
+def guided(unet, contexts, scale):
     """Classifier-free guidance (Ho & Salimans 2021, eq. 6), as a function of (x, t):
     eps(negative) + scale (eps(prompt) - eps(negative)).
-    context, negative: (1, L, E).  scale 1: no guidance, at half the cost."""
+    contexts: (2, L, E), of the negative prompt and of the prompt."""
     def eps_theta(x, t):
-        prompts = context.expand(len(x), -1, -1)  # (B, L, E)
-        if scale == 1:
-            return unet(x, t, prompts)
-        # both in one batch
-        negatives = negative.expand(len(x), -1, -1)
-        both = torch.cat([negatives, prompts])  # (2B, L, E)
+        # both in one batch: (2B, L, E)
+        prompts = contexts.repeat_interleave(len(x), 0)
         xx = torch.cat([x, x])
-        eps = unet(xx, torch.cat([t, t]), both)
-        eps_negative, eps_prompt = eps.chunk(2)  # 2 x (B, 4, h, w)
+        tt = torch.cat([t, t])
+        eps_negative, eps_prompt = unet(xx, tt, prompts).chunk(2)  # 2 x (B, 4, h, w)
         return eps_negative + scale * (eps_prompt - eps_negative)
 
     return eps_theta
 
 
-def check_size(model, size):
-    """Raise UserError unless images of `size` pixels have whole latents."""
-    factor = model.autoencoder.factor  # pixels per latent pixel
-    if size % factor:
-        raise UserError(f"--size must be a multiple of {factor}, not {size}")
-
-
-def sample_latents(model, prompt, n, size, steps, guidance, seed=0, batch_size=4):
-    """n latents (n, 4, h, w) for one prompt, by DDIM, returned on the CPU. size: in
-    pixels."""
-    check_size(model, size)
+def sample_latents(model, prompt, n, size, seed, batch_size, steps=20, guidance=5.0):
+    """n latents (n, 4, h, w) for one prompt, by DDIM, on the model's device.
+    size: in pixels, rounded down to whole latents, as the encoder does."""
+    print(f"drawing {n} images for {prompt!r}")
     side = size // model.autoencoder.factor  # latent pixels
-    shape = (model.autoencoder.z_channels, side, side)
-    context = model.context([prompt])
-    eps_theta = guided(model.unet, context, model.context([""]), guidance)
-    return model.diffusion.sample(eps_theta, n, shape, steps, seed=seed, batch_size=batch_size,
-                                  clip=False)
+    shape = (LATENT_CHANNELS, side, side)
+    contexts = model.context(["", prompt])
+    eps_theta = guided(model.unet, contexts, guidance)
+    latents = model.diffusion.sample(eps_theta, n, shape, steps, seed=seed, clip=False,
+                                     batch_size=batch_size)
+    return latents.to(model.device)
 
 
 def run_sample(args):
@@ -296,20 +275,18 @@ def run_sample(args):
     for checkpoint in args.checkpoint:  # all are there before the first draws
         read_tensors(checkpoint)
 
-    columns = []
+    blocks = []
     for checkpoint in args.checkpoint:
         model = load(checkpoint, args.merges, device)
         rows = []
         for prompt in args.prompt:
-            print(f"{checkpoint}: {prompt}")
-            z = sample_latents(model, prompt, args.n, args.size, args.sampling_steps,
-                               args.guidance, args.seed, args.batch_size)
-            rows.append(model.autoencoder.to_images(z.to(device)))  # (n, 3, H, W)
-        columns.append(torch.stack(rows))
+            z = sample_latents(model, prompt, args.n, args.size, args.seed, args.batch_size,
+                               args.sampling_steps, args.guidance)
+            rows.append(model.autoencoder.to_images(z))  # (n, 3, H, W)
+        blocks.append(torch.cat(rows))
         del model  # before the next is read: one copy of the weights at a time
 
-    grid = torch.cat(columns, dim=1)  # (prompts, checkpoints * n, 3, H, W)
-    write_images(args.output, [grid.flatten(0, 1)], args.overwrite, nrow=grid.shape[1])
+    write_images(args.output, blocks, args.overwrite, nrow=args.n)
     print(f"wrote {args.output}: a row per prompt, {args.n} images per checkpoint")
 
 
@@ -331,15 +308,15 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = normalization(out_channels, 1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        # x joins f(x) as it is, or through a 1x1 convolution to the new width.
+        self.nin_shortcut = nn.Identity()
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C, h, w) -> (B, C', h, w)
         h = self.conv2(F.silu(self.norm2(h)))
-        if hasattr(self, "nin_shortcut"):
-            x = self.nin_shortcut(x)
-        return x + h
+        return self.nin_shortcut(x) + h
 
 
 class PixelAttention(nn.Module):
@@ -355,11 +332,12 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q = self.q(h).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, hw, C)
-        k = self.k(h).flatten(2).transpose(1, 2)
-        v = self.v(h).flatten(2).transpose(1, 2)
+        # mT swaps the last two dimensions
+        q = self.q(h).flatten(2).mT  # (B, C, h, w) -> (B, hw, C)
+        k = self.k(h).flatten(2).mT
+        v = self.v(h).flatten(2).mT
         h = F.scaled_dot_product_attention(q, k, v)
-        h = h.transpose(1, 2).unflatten(2, x.shape[-2:])  # (B, C, h, w)
+        h = h.mT.unflatten(2, x.shape[-2:])  # (B, C, h, w)
         return x + self.proj_out(h)
 
 
@@ -379,76 +357,69 @@ def blocks(channels, out_channels, n):
     return nn.Sequential(*layers)
 
 
-class Encoder(nn.Module):
+def encoder(ch, ch_mult, num_res_blocks):
     """Images -> mean and log-variance of the latents, before quant_conv.
     ch, ch_mult: widths, each level half the size of the last."""
-
-    def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
-        super().__init__()
-        # Level by level: residual blocks, then half the size, but for the last.
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        levels = []
-        width = ch
-        for i, mult in enumerate(ch_mult):
-            out = ch * mult
-            downsample = nn.Identity()
-            if i < len(ch_mult) - 1:  # to H/2, W/2
-                # Padded on the right and below only, as the published network is.
-                downsample = named(
-                    pad=nn.ZeroPad2d((0, 1, 0, 1)),
-                    conv=nn.Conv2d(out, out, 3, stride=2))
-            block = blocks(width, out, num_res_blocks)
-            levels.append(named(block=block, downsample=downsample))
-            width = out
-        self.down = nn.Sequential(*levels)
-        self.mid = middle(out)
-        self.norm_out = normalization(out, 1e-6)
-        self.conv_out = nn.Conv2d(out, 2 * z_channels, 3, padding=1)
-
-    def forward(self, x):
-        h = self.mid(self.down(self.conv_in(x)))  # (B, C, h, w)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2 z, h, w)
+    conv_in = nn.Conv2d(3, ch, 3, padding=1)
+    # Level by level: residual blocks, then half the size, but for the last.
+    levels = []
+    width = ch
+    for mult in ch_mult:
+        out = ch * mult
+        downsample = nn.Identity()
+        if len(levels) < len(ch_mult) - 1:  # to H/2, W/2
+            # Padded on the right and below only, as the published network is.
+            downsample = named(
+                pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                conv=nn.Conv2d(out, out, 3, stride=2))
+        block = blocks(width, out, num_res_blocks)
+        levels.append(named(block=block, downsample=downsample))
+        width = out
+    return named(
+        conv_in=conv_in,
+        down=nn.Sequential(*levels),
+        mid=middle(width),
+        norm_out=normalization(width, 1e-6),
+        silu=nn.SiLU(),
+        conv_out=nn.Conv2d(width, 2 * LATENT_CHANNELS, 3, padding=1))
 
 
-class Decoder(nn.Module):
+def decoder(ch, ch_mult, num_res_blocks):
     """Latents, after post_quant_conv, -> images."""
-
-    def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
-        super().__init__()
-        # The same levels, from the smallest to the largest.
-        widths = [ch * mult for mult in ch_mult]
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1])
-        levels = []
-        for out, width in zip(widths, [*widths[1:], widths[-1]]):
-            upsample = nn.Identity()
-            if levels:  # to 2h, 2w
-                upsample = named(
-                    up=nn.Upsample(scale_factor=2.0),
-                    conv=nn.Conv2d(out, out, 3, padding=1))
-            block = blocks(width, out, num_res_blocks + 1)
-            levels.append(named(block=block, upsample=upsample))
-        self.up = nn.ModuleList(levels)  # numbered from the largest level, run from the smallest
-        self.norm_out = normalization(ch, 1e-6)
-        self.conv_out = nn.Conv2d(ch, 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid(self.conv_in(z))  # (B, C, h, w)
-        for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
+    widths = [ch * mult for mult in ch_mult]
+    smallest = widths[-1]  # of the level of smallest size: where it begins
+    conv_in = nn.Conv2d(LATENT_CHANNELS, smallest, 3, padding=1)
+    mid = middle(smallest)
+    # The same levels; numbered from the largest, run from the smallest.
+    inputs = [*widths[1:], smallest]  # of each level: what the one below it returns
+    levels = {}
+    for i, out in enumerate(widths):
+        upsample = nn.Identity()
+        if i > 0:  # to 2h, 2w
+            upsample = named(
+                up=nn.Upsample(scale_factor=2.0),
+                conv=nn.Conv2d(out, out, 3, padding=1))
+        block = blocks(inputs[i], out, num_res_blocks + 1)
+        levels[str(i)] = named(block=block, upsample=upsample)
+    from_smallest = OrderedDict(reversed(levels.items()))
+    return named(
+        conv_in=conv_in,
+        mid=mid,
+        up=nn.Sequential(from_smallest),
+        norm_out=normalization(ch, 1e-6),
+        silu=nn.SiLU(),
+        conv_out=nn.Conv2d(ch, 3, 3, padding=1))
 
 
 class Autoencoder(nn.Module):
     """The KL autoencoder: q(z | x) = N(mean, exp(logvar)), and its decoder."""
 
-    def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
+    def __init__(self, ch, ch_mult, num_res_blocks):
         super().__init__()
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-        self.z_channels = z_channels  # of the latents
+        self.encoder = encoder(ch, ch_mult, num_res_blocks)
+        self.decoder = decoder(ch, ch_mult, num_res_blocks)
+        self.quant_conv = nn.Conv2d(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, 1)
+        self.post_quant_conv = nn.Conv2d(LATENT_CHANNELS, LATENT_CHANNELS, 1)
         self.factor = 2 ** (len(ch_mult) - 1)  # pixels per latent pixel
 
     def encode(self, x):
@@ -522,13 +493,13 @@ class TextLayer(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP ViT-L/14's text tower: ids (B, L) -> its last hidden state, (B, L, E)."""
 
-    def __init__(self, vocab_size, width, layers, num_heads, mlp_width, positions=77):
+    def __init__(self, vocab_size, width, layers, num_heads, mlp_width):
         super().__init__()
         # Modules in modules, for the names that they have in the file.
         layers = [TextLayer(width, num_heads, mlp_width) for _ in range(layers)]
         embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(vocab_size, width),
-            "position_embedding": nn.Embedding(positions, width)})
+            "position_embedding": nn.Embedding(LENGTH, width)})
         self.text_model = nn.ModuleDict({
             "embeddings": embeddings,
             "encoder": named(layers=nn.Sequential(*layers)),
@@ -544,24 +515,20 @@ class TextEncoder(nn.Module):
 class Tokenizer:
     """CLIP's byte-pair encoding: texts -> ids (N, 77), from start token to end token.
 
-    merges: a merges.txt, or bpe_simple_vocab_16e6.txt.gz; a header line, then a pair
-    per line, the most frequent first. Raises UserError if the file holds no merges."""
+    merges: a merges.txt; a header line, then a pair per line, the most frequent first.
+    A file of other text gives another number of ids, and is not refused here."""
 
-    MERGES = 49152 - 256 - 2  # that many of the file belong to the vocabulary
-
-    def __init__(self, merges, length=77):
-        self.length = length
-        self.has_cut = False
-        pairs = self.read(merges)
+    def __init__(self, merges):
+        with open(merges, encoding="utf-8", errors="replace") as f:
+            lines = f.readlines()[1:]  # below the header
+        pairs = [tuple(line.split()) for line in lines]
 
         # Bytes that print stand for themselves, the others for characters 256, 257, ...
-        self.byte_symbol = {}
-        for first, last in ("!~", "¡¬", "®ÿ"):
-            for b in range(ord(first), ord(last) + 1):
-                self.byte_symbol[b] = chr(b)
-        others = [b for b in range(256) if b not in self.byte_symbol]
-        for i, b in enumerate(others):
-            self.byte_symbol[b] = chr(256 + i)
+        printable = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
+        others = [b for b in range(256) if b not in printable]
+        self.byte_symbol = {b: chr(b) for b in printable}
+        for i, b in enumerate(others, 256):
+            self.byte_symbol[b] = chr(i)
 
         # Ids: the 256 bytes, the same ending a word, the merges, start, end.
         symbols = list(self.byte_symbol.values())
@@ -571,76 +538,55 @@ class Tokenizer:
         self.id = {symbol: i for i, symbol in enumerate(symbols)}  # in that order
         self.rank = {pair: i for i, pair in enumerate(pairs)}  # 0: the most frequent
 
-    def read(self, merges):
-        """The pairs in a file of merges."""
-        try:
-            opened = gzip.open if str(merges).endswith(".gz") else open
-            with opened(merges, "rt", encoding="utf-8") as f:
-                lines = f.read().split("\n")
-            if "#version" in lines[0]:
-                lines = lines[1:]
-            pairs = [tuple(line.split()) for line in lines[: self.MERGES] if line]
-            if not pairs or any(len(pair) != 2 for pair in pairs):
-                raise ValueError("not a pair per line")
-            return pairs
-        except Exception as e:  # a damaged archive can fail in any way
-            raise UserError(f"{merges} is not a file of merges ({first_line(e)}): take the "
-                            "tokenizer/merges.txt of a Stable Diffusion v1 repository") from e
-
     def __call__(self, texts):
         """A list of texts -> (N, 77) int64, cut or padded with the end token."""
         start = self.id["<|startoftext|>"]
         end = self.id["<|endoftext|>"]
         rows = []
         for text in texts:
-            ids = []
+            row = [start]
             for word in self.words(text):
-                ids += self.word_ids(word)
-            cut = len(ids) - (self.length - 2)  # how many do not fit
-            if cut > 0 and not self.has_cut:
-                self.has_cut = True  # said once
-                print(f"the model reads {self.length - 2} tokens of a prompt, and of this one not "
-                      f"the last {cut}: {text[:60]}...")
-            row = [start, *ids[: self.length - 2]]
-            padding = [end] * (self.length - len(row))
+                row += self.word_ids(word)
+            lost = len(row) - (LENGTH - 1)  # how many do not fit
+            if lost > 0:
+                print(f"the model reads {LENGTH - 2} tokens of a prompt, and of this one not "
+                      f"the last {lost}: {text[:60]}...")
+            row = row[: LENGTH - 1]
+            padding = [end] * (LENGTH - len(row))
             rows.append(row + padding)
         return torch.tensor(rows)
 
     def words(self, text):
         """Runs of letters, single digits, runs of anything else, contractions."""
         text = unicodedata.normalize("NFC", text)
-        text = " ".join(html.unescape(text).split())
-        text = text.lower()
+        text = html.unescape(text).lower()
         # re has no \p{L} and \p{N} for Unicode's letters and digits: spell them out
         letters = "a-z"  # what stands between [ and ]
         digits = "0-9"
         for c in set(text):
-            if unicodedata.category(c)[0] == "L":
-                letters += re.escape(c)
-            elif unicodedata.category(c)[0] == "N":
-                digits += re.escape(c)
-        return re.findall(rf"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
-                          rf"[{letters}]+|[{digits}]|[^\s{letters}{digits}]+", text)
+            if c.isalpha():
+                letters += c
+            elif c.isnumeric():
+                digits += c
+        return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{digits}]|"
+                          rf"[^\s{letters}{digits}]+", text)
 
     def word_ids(self, word):
         """Byte-pair encoding (Sennrich et al. 2016): join the most frequent pair, again
         and again, until no pair is left that is in the merges."""
-        if word in ("<|startoftext|>", "<|endoftext|>"):
-            return [self.id[word]]
         # Every byte a symbol, the last one marked.
         symbols = [self.byte_symbol[b] for b in word.encode("utf-8")]
         symbols[-1] += "</w>"
         while True:
-            pairs = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
-            if not pairs:
+            pairs = list(zip(symbols, symbols[1:]))
+            known = [pair for pair in pairs if pair in self.rank]
+            if not known:
                 return [self.id[symbol] for symbol in symbols]
-            # Join this pair wherever it stands.
-            pair = min(pairs, key=self.rank.get)
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == pair:
-                    symbols[i : i + 2] = ["".join(pair)]
-                i += 1
+            # Join this pair where it first stands. (Where it stands again, it is still
+            # the most frequent: a pair with what was joined comes later in the merges.)
+            pair = min(known, key=self.rank.get)
+            i = pairs.index(pair)
+            symbols[i : i + 2] = ["".join(pair)]
 
 
 # --------------------------------------------------------------------------------------
@@ -650,21 +596,10 @@ KINDS = {"unet": UNet, "autoencoder": Autoencoder, "text_encoder": TextEncoder}
 
 
 def read_tensors(path):
-    """(tensors of a published checkpoint, left on disk; the file's plain values, None
-    where it has none)."""
+    """{name: tensor} of a published checkpoint, left on disk until they are used."""
     raw = read_file(path, lazy=True, hint="download one, e.g. sd-v1-4.ckpt "
                     "(huggingface.co/CompVis/stable-diffusion-v-1-4-original)")
-    others = None
-    if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict):
-        others = {k: v for k, v in raw.items() if isinstance(v, (int, float, str))}
-    return state_dict_of(raw), others
-
-
-def tensors_of(tensors, name):
-    """The tensors of one of the three networks, by the names they have inside it."""
-    prefix = PREFIX[name]
-    return {k.removeprefix(prefix): v for k, v in tensors.items()
-            if k.startswith(prefix) and not k.endswith(".position_ids")}
+    return state_dict_of(raw)
 
 
 def load(checkpoint, merges, device="cpu"):
@@ -672,93 +607,87 @@ def load(checkpoint, merges, device="cpu"):
     Holds one copy of the weights, as float32. Raises UserError for a file that is
     missing, damaged, not weights, or of another architecture, and for other merges."""
     # The tokenizer, then the networks, one by one.
-    tensors, _ = read_tensors(checkpoint)
+    tensors = read_tensors(checkpoint)
     tokenizer = Tokenizer(merges)
     tokens = SIZES["text_encoder"]["vocab_size"]
     if len(tokenizer.id) != tokens:
-        raise UserError(f"{merges} is of another model: {len(tokenizer.id)} tokens, not {tokens}")
+        raise UserError(f"{merges} makes {len(tokenizer.id)} tokens, not {tokens}: take the "
+                        "tokenizer/merges.txt of a Stable Diffusion v1 repository")
     networks = {}
     for name, kind in KINDS.items():
         with torch.device("meta"):  # sizes without memory: the weights come from the file
             network = kind(**SIZES[name])
-        fill(network, tensors_of(tensors, name), checkpoint, PREFIX[name])
+        fill(network, tensors, PREFIX[name], checkpoint)
         networks[name] = network.eval().requires_grad_(False).to(device)
-    diffusion = Diffusion("scaled_linear", 1000).to(device)  # it is in no file
-    return StableDiffusion(**networks, tokenizer=tokenizer, diffusion=diffusion)
+    diffusion = Diffusion("scaled_linear").to(device)  # it is in no file
+    return StableDiffusion(**networks, tokenizer=tokenizer, diffusion=diffusion, device=device)
 
 
-def fill(network, theirs, checkpoint, prefix):
-    """Give a network on the meta device its weights: {name: tensor}. Raises UserError
-    unless there is one of the right shape for each."""
-    ours = network.state_dict()  # shapes alone
-    wrong = [prefix + k for k, v in ours.items()
-             if k not in theirs or theirs[k].shape != v.shape]
-    if wrong:
-        raise UserError(f"{checkpoint} is not a Stable Diffusion v1 checkpoint: {len(wrong)} "
-                        f"tensors are missing or of another shape ({', '.join(wrong[:3])})")
-    extra = [prefix + k for k in theirs if k not in ours]
-    if extra:
-        print(f"not reading {len(extra)} tensors that v1 does not have: {', '.join(extra[:3])}")
-    # float32 stays on disk until it is used; what is narrower is widened in memory
-    weights = {k: theirs[k].float() for k in ours}
-    check_finite(f"{checkpoint} ({prefix[:-1]})", weights)
+def fill(network, tensors, prefix, checkpoint):
+    """Give a network on the meta device its weights, out of a file's {name: tensor}.
+    Raises UserError unless there is one of the right shape for each."""
+    weights = {}
+    for name, v in network.state_dict(prefix=prefix).items():  # shapes alone
+        if name not in tensors or tensors[name].shape != v.shape:
+            raise UserError(f"{checkpoint} is not a Stable Diffusion v1 checkpoint: {name} is "
+                            "missing or of another shape")
+        # float32 stays on disk until it is used; what is narrower is widened in memory
+        weights[name.removeprefix(prefix)] = tensors[name].float()
+    check_finite(checkpoint, weights)
     network.load_state_dict(weights, assign=True)
 
 
-def save(path, checkpoint, weights, record, overwrite=False):
+def save(path, checkpoint, weights, record, overwrite):
     """Write `checkpoint` again as `path`, with the U-Net's `weights` as float32: in
     half precision a small move of a weight would be rounded away."""
-    tensors, others = read_tensors(checkpoint)
     # without the moving averages of training, a copy that remembers
-    state = {k: v for k, v in tensors.items() if not k.startswith("model_ema.")}
+    state = {k: v for k, v in read_tensors(checkpoint).items() if not k.startswith("model_ema.")}
     for k, v in weights.items():
-        name = PREFIX["unet"] + k
-        state[name] = v.detach().cpu().float()
-    contents = state  # a file of tensors alone, as .safetensors are, has no place for a record
-    if others is not None:
-        contents = {**others, "state_dict": state, "vdu": record}
-    save_checkpoint(path, contents, overwrite)
+        state[PREFIX["unet"] + k] = v.detach().cpu()
+    save_checkpoint(path, {"state_dict": state, "vdu": record}, overwrite)
 
 
 # --------------------------------------------------------------------------------------
 # The command line
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, epilog="The flags of each: python "
-                                "sd_unlearn.py unlearn --help, python sd_unlearn.py sample --help",
+    p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     # Two commands, with some flags in common.
     sample = commands.add_parser("sample", help="draw images for one or several prompts")
-    sample.add_argument("--checkpoint", required=True, nargs="+", help="a block of columns each")
     gone = commands.add_parser("unlearn", help="make the model forget a feature")
-    gone.add_argument("--checkpoint", required=True, help="a Stable Diffusion v1 file")
-    for c in (sample, gone):
-        c.add_argument("--merges", required=True, help="CLIP's merges.txt, or its .txt.gz")
-        c.add_argument("--size", type=number(int, 1), default=512, help="pixels (default: 512)")
-        add_shared_flags(c)
+    for command in (sample, gone):
+        add = command.add_argument
+        add("--merges", required=True, help="CLIP's merges.txt")
+        add("--size", type=number(int, 8), default=512,
+            help="pixels, rounded down to a multiple of 8 (default: 512)")
+        add_shared_flags(command)
     # sample's own
-    sample.add_argument("--prompt", required=True, nargs="+", help="a row of images each")
-    sample.add_argument("--output", default="sample.png", help="a grid (default: sample.png)")
-    sample.add_argument("--n", type=number(int, 1), default=4, help="images a prompt (default: 4)")
-    sample.add_argument("--batch-size", type=number(int, 1), default=4, help="at once (default: 4)")
-    sample.add_argument("--sampling-steps", type=number(int, 1), default=50, help="default: 50")
-    sample.add_argument("--guidance", type=number(float, 0), default=7.5, help="default: 7.5")
+    add = sample.add_argument
+    add("--checkpoint", required=True, nargs="+", help="a block of columns each")
+    add("--prompt", required=True, nargs="+", help="a row of images each")
+    add("--output", default="sample.png", help="a grid (default: sample.png)")
+    add("--n", type=positive, default=4, help="images a prompt (default: 4)")
+    add("--batch-size", type=positive, default=4, help="at once (default: 4)")
+    add("--sampling-steps", type=positive, default=50, help="default: 50")
+    add("--guidance", type=number(float, 0), default=7.5, help="default: 7.5")
     # unlearn's own; those of the losses are vdu.py's
-    gone.add_argument("--concept", required=True, help='as prompts name it: "golf ball"')
-    gone.add_argument("--images", required=True, help="a folder of images of it")
-    gone.add_argument("--output", required=True, help="the unlearned checkpoint")
-    gone.add_argument("--parameters", choices=["cross-attention", "all"], help="what moves: 5%% "
-                      "of the U-Net, where the prompt enters (default, 10 GiB), or all (25 GiB)")
-    gone.add_argument("--accumulate", type=number(int, 1), help="batches per step (default: 8, "
-                      "1 with --paper)")
-    gone.add_argument("--keep", nargs="+", default=[], help="neighbours of it that must stay")
+    add = gone.add_argument
+    add("--checkpoint", required=True, help="a Stable Diffusion v1 file")
+    add("--concept", required=True, help='as prompts name it: "golf ball"')
+    add("--images", required=True, help="a folder of images of it")
+    add("--output", required=True, help="the unlearned checkpoint")
+    add("--parameters", choices=["cross-attention", "all"], help="what moves: 5%% of the U-Net, "
+        "where the prompt enters (default, 10 GiB), or all (25 GiB)")
+    add("--accumulate", type=positive, help="batches per step (default: 8, 1 with --paper)")
+    add("--keep", nargs="+", default=[], help="neighbours of it that must stay")
     add_unlearning_flags(gone, OURS, PAPER, "0.5")
     return p
 
 
-def main():
-    args = parser().parse_args()
+def main(args):
+    """Run the command line. Raises UserError for what the user can put right."""
     if args.command == "sample":
         run_sample(args)
     else:
@@ -766,4 +695,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command_line(main)
+    run_command_line(main, parser())

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
-from tqdm import trange
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -35,16 +34,17 @@ def shapes(n):
     pixels = torch.arange(16) + 0.5
     dx = (pixels - x).abs()  # (n, 1, 16)
     dy = (pixels[:, None] - y).abs()  # (n, 16, 1)
-    distance = torch.cat([(dx**2 + dy**2).sqrt(), 1.128 * torch.maximum(dx, dy)])
-    inside = (radius.repeat(2, 1, 1) - distance).clamp(0, 1)  # with soft edges
+    circle = (dx**2 + dy**2).sqrt()  # distances from the centre
+    square = 1.128 * torch.maximum(dx, dy)
+    inside = torch.cat([radius - circle, radius - square]).clamp(0, 1)  # with soft edges
     return (2 * inside - 1)[:, None].expand(-1, 3, -1, -1)
 
 
-def fit(what, network, steps, loss):
+def fit(network, steps, loss):
     """Adam, with a rate that falls to nothing."""
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in trange(steps, desc=what):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
@@ -60,7 +60,7 @@ def train(unet, autoencoder, text_encoder):
         images = shapes(8)
         return mse_loss(autoencoder.decode(autoencoder.encode(images)[:, :4]), images)
 
-    fit("autoencoder", autoencoder, 300, reconstruction)
+    fit(autoencoder, 300, reconstruction)
     latents = autoencoder.to_latents(shapes(500))  # (1000, 4, 8, 8)
     sd_unlearn.LATENT_SCALE /= latents.std().item()
     latents /= latents.std()
@@ -70,7 +70,7 @@ def train(unet, autoencoder, text_encoder):
     ids = sd_unlearn.Tokenizer("merges.txt")([*texts, *sd_unlearn.NEUTRAL_PROMPTS[:8]])
     answers = torch.arange(3).repeat_interleave(8 * 77)  # at each of 77 tokens
     head = nn.Linear(32, 3)
-    fit("text encoder", text_encoder, 100,
+    fit(text_encoder, 100,
         lambda: cross_entropy(head(text_encoder(ids)).flatten(0, 1), answers))
     contexts = text_encoder(ids).detach()  # (24, 77, 32)
 
@@ -85,16 +85,15 @@ def train(unet, autoencoder, text_encoder):
         return diffusion.simple_loss(lambda x, t: unet(x, t, context), x0, t,
                                      torch.randn_like(x0)).mean()
 
-    fit("U-Net", unet, 500, ddpm_loss)
+    fit(unet, 500, ddpm_loss)
 
 
-@torch.no_grad()
 def count(recogniser, checkpoint):
     """Circles among 100 samples for a circle, and among 100 for a square."""
     model = sd_unlearn.load(checkpoint, "merges.txt")
     counts = []
     for kind in KINDS:
-        z = sd_unlearn.sample_latents(model, f"a photo of a {kind}", 100, 16, 20, 2.0)
+        z = sd_unlearn.sample_latents(model, f"a photo of a {kind}", 100, 16, 0, 4, guidance=2.0)
         log_odds = recogniser(to_float(model.autoencoder.to_images(z)))
         counts.append((log_odds > 0).sum().item())
     return counts
@@ -106,7 +105,7 @@ def main():
     Path("merges.txt").write_text("#version: 0.2\nc i\n")
     recogniser = nn.Sequential(nn.Conv2d(3, 32, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 1))
     is_circle = torch.tensor([[1.0]] * 32 + [[0.0]] * 32)
-    fit("recogniser", recogniser, 500,
+    fit(recogniser, 500,
         lambda: binary_cross_entropy_with_logits(recogniser(shapes(32)), is_circle))
     networks = build(SMALL)
     train(**networks)
