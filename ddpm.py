@@ -300,20 +300,18 @@ def bound_grid(T, steps=None):
 
 
 def training_step(unet, diffusion, optimizer, x0):
-    """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W). Returns the loss.
-    Where the loss is not a finite number, no step is taken."""
+    """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W). Returns the loss."""
     # t, x_t and the loss.
     t = stratified_timesteps(len(x0), 0, diffusion.T, x0.device)  # (B,)
     eps = torch.randn_like(x0)
     loss = diffusion.simple_loss(unet, x0, t, eps).mean()  # DDPM eq. 14
-    value = loss.item()
-    if math.isfinite(value):
-        # A step: the gradient, clipped, and the optimizer's.
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)  # as in DDPM's code
-        optimizer.step()
-        optimizer.zero_grad()
-    return value
+
+    # The gradient, clipped, and the optimizer's step.
+    loss.backward()
+    nn.utils.clip_grad_norm_(unet.parameters(), 1.0)  # as in DDPM's code
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 # --------------------------------------------------------------------------------------
@@ -879,13 +877,12 @@ def pick_device(name="auto"):
 def autocast(device):
     """Autocast to bfloat16 where that is fast: AVX512-BF16, or CUDA of compute
     capability 8.0 and more."""
-    kind = device.type
     fast = False
-    if kind == "cuda":
+    if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif kind == "cpu":
+    elif device.type == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(kind, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 # --------------------------------------------------------------------------------------

@@ -342,7 +342,7 @@ def train(run, images, device):
 
             # A step.
             loss = run.take_step(x0)
-            if not math.isfinite(loss):  # no step was taken: see training_step
+            if not math.isfinite(loss):  # the file is of the step that was saved last
                 raise UserError(f"the loss became {loss} at step {run.step}: try a smaller --lr "
                                 f"than {settings['lr']:g}")
             bar.update()

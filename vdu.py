@@ -711,14 +711,12 @@ def choose_output(args, path, checkpoint, classes):
     picture = str(Path(output).with_suffix(".png"))
     check_output(output, args.overwrite, WEIGHTS)
     check_output(picture, args.overwrite)
-    if "diffusers" in checkpoint.raw:
-        check_output(weights_for_diffusers(output), args.overwrite)
+    folder = Path(output).with_suffix("")
+    if "diffusers" in checkpoint.raw and folder.exists():
+        # also with --overwrite: diffusers may read another file in it first
+        raise UserError(f"{folder} exists, where the folder for diffusers would go: choose "
+                        "another --output, or remove it")
     return output, picture
-
-
-def weights_for_diffusers(output):
-    """Where the weights in diffusers' layout go: in a folder beside the output."""
-    return Path(output).with_suffix("") / "diffusion_pytorch_model.bin"
 
 
 def write_result(output, checkpoint, record, overwrite):
@@ -731,12 +729,12 @@ def write_result(output, checkpoint, record, overwrite):
         contents.pop(key, None)
     save_checkpoint(output, contents, overwrite)
     if "diffusers" in checkpoint.raw:
-        path = weights_for_diffusers(output)
+        folder = Path(output).with_suffix("")
         tensors = to_diffusers(checkpoint.unet, checkpoint.config["unet"]["num_res_blocks"])
-        save_checkpoint(path, tensors, overwrite)
+        save_checkpoint(folder / "diffusion_pytorch_model.bin", tensors)
         for name, text in checkpoint.raw["diffusers"].items():
-            path.with_name(name).write_text(text)
-        print(f"wrote {path.parent}, a folder for UNet2DModel.from_pretrained")
+            (folder / name).write_text(text)
+        print(f"wrote {folder}, a folder for UNet2DModel.from_pretrained")
 
 
 def choose_posterior(args, checkpoint, device):

@@ -1,7 +1,6 @@
 """Training: the learning rate, the gradient's bound, the posterior, random numbers."""
 
 import copy
-import math
 from types import SimpleNamespace
 
 import torch
@@ -91,21 +90,18 @@ def test_the_network_and_its_file_are_the_posteriors_mean(trained):
         assert torch.equal(mean, unet.state_dict()[k])
 
 
-@mark.parametrize("pixel, loss, distance", [
-    (0.0, 1e6, 1.0),
-    (math.nan, math.nan, 0.0)])
-def test_a_training_step_bounds_the_gradient_and_moves_nothing_for_nan(pixel, loss, distance):
+def test_a_training_step_bounds_the_gradient():
     unet, diffusion = ddpm.build(CONFIG)
     unet.out[2].bias.data += 1000  # a gradient of 2000
     optimizer = torch.optim.SGD(unet.parameters(), lr=1.0)
     before = parameters_to_vector(unet.parameters())
-    x0 = torch.full((4, 1, 8, 8), pixel)
+    x0 = torch.zeros(4, 1, 8, 8)
 
-    said = ddpm.training_step(unet, diffusion, optimizer, x0)
+    loss = ddpm.training_step(unet, diffusion, optimizer, x0)
 
     moved = parameters_to_vector(unet.parameters()) - before
-    assert moved.norm().item() == approx(distance, rel=1e-3)
-    assert said == approx(loss, rel=0.01, nan_ok=True)
+    assert moved.norm().item() == approx(1, rel=1e-3)
+    assert loss == approx(1e6, rel=0.01)
 
 
 @mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32)])

@@ -119,10 +119,14 @@ def test_the_posterior_is_where_the_parameters_are(posterior_of):
     assert posterior_of("ab", net_of(0)).to("meta").std["bias"].is_meta
 
 
-def test_buffers_of_no_file_are_refused(posterior_of):
-    """Running means have no posterior: they are those of one of the files."""
-    with raises(UserError, match="running_mean.*load one of the checkpoints"):
-        posterior_of("ab", net_of(2))
+@mark.parametrize("name", ["running_mean", "bias"])
+def test_what_does_not_move_has_to_be_that_of_one_file(posterior_of, name):
+    net = net_of(0)
+    net.bias.requires_grad_(False)
+    net.state_dict()[name].add_(1)
+
+    with raises(UserError, match=f"{name}.*load one of the checkpoints"):
+        posterior_of("ab", net)
 
 
 def test_a_frozen_network_has_no_posterior(posterior_of):
