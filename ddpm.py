@@ -191,7 +191,7 @@ class Diffusion(nn.Module):
         # means (eq. 12), and `spread` for their variances.
         grid, stands_for = bound_grid(self.T, steps)
         L_t = torch.zeros(len(x0), len(grid), dtype=torch.float64)
-        for i in tqdm(range(len(grid))[::-1], "bound", unit="t"):
+        for i in tqdm(range(len(grid))[::-1], "bound"):
             t, eps = noise_at(grid[i], x0, generator)
             error = D * float64(self.simple_loss(unet, x0, t, eps))  # (B,)
             ratio = float64(self.posterior_variance[t]) / float64(self.beta[t])
@@ -258,7 +258,7 @@ class Diffusion(nn.Module):
 
         out = torch.empty(n, *shape)  # (n, C, H, W)
         series_number = crc32(series.encode())
-        bar = tqdm(total=n * len(grid), desc="sampling", unit="img*step", unit_scale=True)
+        bar = tqdm(total=n * len(grid), desc="sampling")
         # Autocast around the loop, too: each weight is cast once and not at every step.
         with autocast(device), bar:
             for images in torch.arange(n).split(batch_size):
@@ -300,7 +300,8 @@ def bound_grid(T, steps=None):
 
 
 def training_step(unet, diffusion, optimizer, x0):
-    """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W). Returns the loss."""
+    """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W); returns the loss.
+    """
     # t, x_t and the loss.
     t = stratified_timesteps(len(x0), 0, diffusion.T, x0.device)  # (B,)
     eps = torch.randn_like(x0)
@@ -484,7 +485,7 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
 # data of all tensors.
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 
 
 def read_safetensors(path):
@@ -534,8 +535,7 @@ def state_dict_of(raw):
 # with config.json, the weights, and scheduler_config.json; or a pipeline's, with these
 # in unet/ and scheduler/.
 
-CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse",
-                   "ship", "truck"]
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 # unet.py             diffusers
 NAMES = [row.split() for row in """
     time_embed.0.       time_embedding.linear_1.
@@ -781,14 +781,13 @@ def run_command_line(main, parser):
 
 def number(kind, low, high=1e18):
     """An argparse `type`: a `kind` (int or float) from low to high."""
-    def parse(text):
+    def number_in_range(text):  # argparse calls it so in its message
         value = kind(text)  # where this fails, argparse says so
         if not low <= value <= high:  # nan is inside of nothing
             raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__  # by which argparse calls it in its message
-    return parse
+    return number_in_range
 
 
 positive = number(int, 1)  # an integer of 1 or more

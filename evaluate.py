@@ -18,18 +18,21 @@ import contextlib
 import json
 import math
 import os
+from collections import OrderedDict, namedtuple
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from ddpm import (WEIGHTS, UserError, add_shared_flags, autocast, check_output, digest, draw,
-                  load_checkpoint, number, pick_device, read_file, run_command_line,
+from ddpm import (UserError, add_shared_flags, autocast, check_output, digest, draw,
+                  load_checkpoint, number, pick_device, positive, read_file, run_command_line,
                   save_checkpoint, to_float, training_step, write_atomically, write_images)
-from train_ddpm import SHIPPED, class_indices, load_data_of, title_of
+from train_ddpm import class_indices, load_data_of
 
 # --------------------------------------------------------------------------------------
 # The metrics: of class counts (one number per class), and of features (N, d)
@@ -69,114 +72,92 @@ def frechet_distance(features_a, features_b):
     return distance.clamp(min=0).item()
 
 
-def class_shares(counts, forgotten):
-    """{class index: share} of the retained classes among themselves."""
-    retained = {i: n for i, n in enumerate(counts) if i not in forgotten}
-    total = max(1, sum(retained.values()))  # 1: where none is left, all shares are 0
-    return {i: n / total for i, n in retained.items()}
-
-
 def drift(counts_before, counts_after, forgotten):
     """Total variation distance, 0 .. 1, between the shares of the retained classes (of
     all, if none is forgotten). What a u-FID can hide: a neighbour that went along."""
-    before = class_shares(counts_before, forgotten)  # they add up to 1
-    after = class_shares(counts_after, forgotten)
-    return sum(abs(share - after[i]) for i, share in before.items()) / 2
+    before = np.delete(counts_before, forgotten)
+    after = np.delete(counts_after, forgotten)
+    # Shares add up to 1; where no sample is of a retained class they are 0.
+    difference = before / max(1, sum(before)) - after / max(1, sum(after))
+    return sum(abs(difference)) / 2
 
 
 def worst_kept(counts_before, counts_after, forgotten):
-    """(index, share left) of the retained class, drawn before, that lost most."""
+    """(index, share left) of the retained class, drawn before, that lost most. (None,
+    nan) if none was drawn."""
     # What is left of each class, as a share of what was there.
     left = {i: counts_after[i] / n for i, n in enumerate(counts_before)
             if n > 0 and i not in forgotten}
-    if not left:
-        return None, math.nan
-    worst = min(left, key=left.get)
-    return worst, left[worst]
+    worst = min(left, key=left.get, default=None)
+    return worst, left.get(worst, math.nan)
 
 
 # --------------------------------------------------------------------------------------
 # The classifier of a dataset: it counts, and its features are what u-FID compares
 
-class Classifier(nn.Module):
-    """(B, C, H, W) in [-1, 1] -> logits (B, classes). `body` gives the features: the
-    last convolution's, averaged over all pixels."""
-
-    def __init__(self, image_shape, classes):
-        super().__init__()
-        C = image_shape[0]
-        width = 32 if C == 1 else 64  # photographs need more
-        layers = []
-        for out in (width, 2 * width, 4 * width):
-            layers += [
-                nn.Conv2d(C, out, 3, padding=1, bias=False),
-                nn.BatchNorm2d(out),
-                nn.ReLU(),
-                nn.MaxPool2d(2, ceil_mode=True)]  # halves H and W
-            C = out
-        layers[-1] = nn.AdaptiveAvgPool2d(1)  # the last one averages over all pixels
-        self.body = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(C, classes)
-
-    def forward(self, x):
-        return self.head(self.body(x))
+def new_classifier(C, classes):
+    """images (B, C, H, W) in [-1, 1] -> logits (B, classes). Its part `body` gives the
+    features: the last convolution's, averaged over all pixels."""
+    width = 32 if C == 1 else 64  # photographs need more
+    layers = []
+    for out in (width, 2 * width, 4 * width):
+        layers += [
+            nn.Conv2d(C, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.MaxPool2d(2, ceil_mode=True)]  # halves H and W
+        C = out
+    layers[-1] = nn.AdaptiveAvgPool2d(1)  # the last one averages over all pixels
+    body = nn.Sequential(*layers, nn.Flatten())
+    return nn.Sequential(OrderedDict(body=body, head=nn.Linear(C, classes)))
 
 
-def train_classifier(classifier, images, labels, device, epochs=None):
-    """AdamW, one cycle. images: (N, C, H, W) uint8.  epochs: None: as many as it needs.
-    """
+def train_classifier(classifier, images, labels, device):
+    """AdamW, one cycle. images: (N, C, H, W) uint8.  labels: (N,)."""
     # Four epochs, or ten of photographs, are enough of a large dataset. A small one is
     # seen more often, at most 60 times.
     colour = images.shape[1] == 3
-    if epochs is None:
-        enough = 150_000 if colour else 40_000
-        epochs = max(10 if colour else 4, enough // len(images))
-        epochs = min(60, epochs)
-    # Batches and steps.
+    enough = 150_000 if colour else 40_000
+    epochs = max(10 if colour else 4, enough // len(images))
+    epochs = min(60, epochs)
     B = min(128, len(images))
-    steps = epochs * (len(images) // B)
-    H, W = images.shape[2:]
+    batches = len(images) // B  # per epoch: the rest comes in another one
     jitter = v2.Compose([
         v2.RandomHorizontalFlip(),
-        v2.RandomCrop((H, W), padding=4, padding_mode="reflect")])
-    # The rate rises, then falls to nothing.
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+        v2.RandomCrop(images.shape[2:], padding=4, padding_mode="reflect")])
+    # The rate rises, then falls to nothing; it goes by steps, not epochs.
+    optimizer = torch.optim.AdamW(classifier.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=2e-3, total_steps=epochs * batches)
 
-    with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
-        for _ in range(epochs):
-            order = torch.randperm(len(images))  # anew in each epoch
-            for batch in order.split(B):
-                if len(batch) < B:  # the rest comes in another epoch
-                    break
-                x = to_float(images[batch])
-                if colour:  # each photograph is mirrored and shifted by itself
-                    x = torch.stack([jitter(image) for image in x])
-                with autocast(device):
-                    logits = classifier(x.to(device))
-                y = labels[batch].to(device)
-                loss = F.cross_entropy(logits.float(), y)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()  # the rate goes by steps, not epochs
-                bar.update()
+    for _ in tqdm(range(epochs), "training the classifier"):
+        order = torch.randperm(len(images))  # anew in each epoch
+        for batch in order.split(B)[:batches]:
+            x = to_float(images[batch])
+            if colour:  # each photograph is mirrored and shifted by itself
+                x = torch.stack([jitter(image) for image in x])
+            with autocast(device):
+                logits = classifier(x.to(device))
+            loss = F.cross_entropy(logits.float(), labels[batch].to(device))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
 
 
 @torch.inference_mode()
-def features_and_probabilities(classifier, images, device):
-    """uint8 images (N, C, H, W) -> features (N, d), probabilities (N, classes)."""
+def features_and_classes(classifier, images, device):
+    """uint8 images (N, C, H, W) -> features (N, d) and the likeliest classes (N,)."""
     features = []
-    probabilities = []
-    H, W = images.shape[2:]
-    at_once = max(1, 2**20 // (H * W))  # a million pixels
-    for chunk in images.split(at_once):
+    classes = []
+    pixels = math.prod(images.shape[2:])
+    for chunk in images.split(2**20 // pixels):  # a million pixels at once
         with autocast(device):
             f = classifier.body(to_float(chunk).to(device))  # (n, d)
             logits = classifier.head(f)  # (n, classes)
         features.append(f.float().cpu())
-        probabilities.append(logits.float().softmax(1).cpu())
-    return torch.cat(features), torch.cat(probabilities)
+        classes.append(logits.argmax(1).cpu())
+    return torch.cat(features), torch.cat(classes)
 
 
 def get_classifier(checkpoint, train, test, device):
@@ -184,14 +165,13 @@ def get_classifier(checkpoint, train, test, device):
     Trained once, and kept in a file. train, test: (images, labels), of every class. The
     digest of the training images is in the file's name. Where there is no test part,
     (None, None), a fifth of each class is held out to test on."""
-    data = checkpoint.data
     images, labels = train
-    classes = range(len(data["classes"]))
+    classes = range(len(checkpoint.data["classes"]))
     torch.manual_seed(0)  # the same classifier every time
-    classifier = Classifier(images.shape[1:], len(classes))
+    classifier = new_classifier(images.shape[1], len(classes))
     classifier.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
-    path = Path("checkpoints") / f"pooled-classifier-{title_of(data)}-{digest(train)}.pt"
-    if path.exists():
+    path = f"checkpoints/pooled-classifier-{checkpoint.data['name']}-{digest(train)}.pt"
+    if os.path.exists(path):
         # Trained before, on the same images.
         saved = read_file(path)
         classifier.load_state_dict(saved["classifier"])
@@ -201,19 +181,16 @@ def get_classifier(checkpoint, train, test, device):
     if test[0] is None:
         held_out = torch.zeros(len(images), dtype=torch.bool)
         for i in classes:
-            of_class = (labels == i).nonzero().flatten()
+            of_class = (labels == i).nonzero()
             held_out[of_class[1::5]] = True  # a lone image is learned
         test = images[held_out], labels[held_out]  # both parts of every class
         images = images[~held_out]
         labels = labels[~held_out]
-    if len(images) < 8:
-        raise UserError(f"a classifier needs at least 8 images to learn from, not {len(images)}")
     train_classifier(classifier, images, labels, device)
 
-    _, probabilities = features_and_probabilities(classifier.eval(), test[0], device)
-    right = (probabilities.argmax(1) == test[1]).float()  # (N,)
-    of_classes = [right[test[1] == i] for i in classes]
-    accuracies = [of_class.mean().item() for of_class in of_classes]
+    _, found = features_and_classes(classifier.eval(), test[0], device)
+    right = (found == test[1]).float()  # (N,)
+    accuracies = [right[test[1] == i].mean().item() for i in classes]
     save_checkpoint(path, {"classifier": classifier.state_dict(), "accuracies": accuracies})
     return classifier, accuracies
 
@@ -221,112 +198,119 @@ def get_classifier(checkpoint, train, test, device):
 # --------------------------------------------------------------------------------------
 # What is measured of models
 
-class Judge:
-    """What all models of one parent are measured with: classifier and real images."""
+# What the classifier sees in a model's samples: samples (N, C, H, W) uint8, features
+# (N, d), classes (N,), and counts, a numpy array of one number per class.
+Seen = namedtuple("Seen", "samples features classes counts")
 
-    def __init__(self, checkpoint, device, data_root):
-        self.classes = checkpoint.data["classes"]  # by name
+
+class Judge:
+    """What all models of one parent are measured with: the classifier, real images, and
+    what is seen of the parent, `before`."""
+
+    def __init__(self, before, args, device):
+        self.args = args
         self.device = device
-        self.train = load_data_of(checkpoint, data_root)  # (images, labels)
-        self.test = load_data_of(checkpoint, data_root, train=False)
-        self.classifier, self.accuracies = get_classifier(
-            checkpoint, self.train, self.test, device)
-        self.real_features, _ = self.classify(self.train[0])
+        self.classes = before.data["classes"]  # by name
+        self.train = load_data_of(before, args.data_root)  # (images, labels)
+        self.test = load_data_of(before, args.data_root, train=False)
+        self.classifier, self.accuracies = get_classifier(before, self.train, self.test, device)
+        self.real_features, _ = features_and_classes(self.classifier, self.train[0], device)
         if self.test[0] is None:
             # there is no other part to bound -log p of
             self.test = self.train
+        self.before = before
+        self.seen_before = self.draw_and_classify(before, args.samples)
 
-    def classify(self, images):
-        """uint8 images (N, C, H, W) -> features (N, d), probabilities (N, classes)."""
-        return features_and_probabilities(self.classifier, images, self.device)
-
-    def draw_and_classify(self, model, args, series=""):
-        """Samples of a Checkpoint's model, and what the classifier sees in them: a dict
-        of "samples" (N, C, H, W) uint8, "features" (N, d), "classes" (N,), and "counts"
-        (one number per class). series: models of one series share their noise."""
+    def draw_and_classify(self, model, n, series=""):
+        """Seen, of n samples of a Checkpoint's model. series: models of one series
+        share their noise."""
         print(f"sampling from {model.path}")
-        samples = draw(model, args.samples, args.sampling_steps, args.seed, series)
-        features, probabilities = self.classify(samples)
-        classes = probabilities.argmax(1)  # (N,)
-        counts = classes.bincount(minlength=len(self.classes)).tolist()
-        return {"samples": samples, "features": features, "classes": classes, "counts": counts}
+        samples = draw(model, n, self.args.sampling_steps, self.args.seed, series)
+        features, classes = features_and_classes(self.classifier, samples, self.device)
+        counts = classes.bincount(minlength=len(self.classes))
+        return Seen(samples, features, classes, counts.numpy())
 
-    def bits(self, model, of_kind, n):
-        """The upper bound on -log p, in bits per dimension, in the mean over n of the
-        test images where of_kind (N,) is true. The same images, t and eps for every
-        model. (The method claims to raise it for D_f, and to keep it for D_r.)"""
-        images = self.test[0][of_kind]  # (K, C, H, W)
-        generator = torch.Generator().manual_seed(0)
+    def some(self, images, n, seed):
+        """n of the images, or all, as floats: the same ones for every model."""
+        generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(images), generator=generator)[:n]
-        if len(chosen) == 0:
+        return to_float(images[chosen]).to(self.device)
+
+    def bits(self, model, images):
+        """The upper bound on -log p, in bits per dimension, in the mean over some of
+        the images: the same ones, t and eps for every model; nan of none. (The method
+        claims to raise it for D_f, and to keep it for D_r.)"""
+        x0 = self.some(images, self.args.bits, seed=0)
+        if len(x0) == 0:
             return math.nan
-        x0 = to_float(images[chosen]).to(self.device)
         # at 40 of the steps
         bound = model.diffusion.variational_bound(model.unet, x0, 40)
         return bound["total"].mean().item()
 
-    def measure(self, model, seen, forgotten, n_bits):
-        """All that is reported of one model: a dict of plain values.
-        seen: what draw_and_classify returned.  forgotten: indices of classes."""
+    def measure(self, model, seen, forgotten):
+        """All that is reported of one model by itself: a dict of plain values.
+        seen: what was Seen of it.  forgotten: indices of classes."""
         gone = torch.tensor(forgotten)
         # u-FID is against the images that should stay.
         retained = ~torch.isin(self.train[1], gone)
         real = self.real_features[retained]
-        rest = seen["features"][~torch.isin(seen["classes"], gone)]
-        is_gone = torch.isin(self.test[1], gone)
+        rest = seen.features[~torch.isin(seen.classes, gone)]
+        images, labels = self.test
+        is_gone = torch.isin(labels, gone)
         return {
             "checkpoint": model.path,
-            "counts": dict(zip(self.classes, seen["counts"])),
-            "forgotten_count": sum(seen["counts"][i] for i in forgotten),
-            "u_fid": frechet_distance(seen["features"], real),
+            "counts": dict(zip(self.classes, seen.counts.tolist())),
+            "forgotten_count": seen.counts[forgotten].sum().item(),
+            "u_fid": frechet_distance(seen.features, real),
             # less the samples of the class: what deleting those alone would reach
             "u_fid_of_perfect_deletion": frechet_distance(rest, real),
-            # of samples that are all alike, in the middle of the real images
-            "u_fid_of_a_point": torch.cov(real.T).trace().item(),
-            "bits_forgotten": self.bits(model, is_gone, n_bits),
-            "bits_retained": self.bits(model, ~is_gone, n_bits)}
+            "bits_forgotten": self.bits(model, images[is_gone]),
+            "bits_retained": self.bits(model, images[~is_gone])}
 
 
 def frechet(a, b):
-    """The Frechet distance between what was seen of two models."""
-    return frechet_distance(a["features"], b["features"])
+    """The Frechet distance between what was Seen of two models."""
+    return frechet_distance(a.features, b.features)
 
 
 def total_variation(a, b):
     """The total variation distance between the shares of all classes."""
-    return drift(a["counts"], b["counts"], ())
+    return drift(a.counts, b.counts, [])
 
 
 def against_retraining(before, after, retrained, forgotten):
     """How much of the distance to the retrained model is left: a dict.
 
-    before, after: what was seen of them (draw_and_classify).  retrained: that of one or
-    two models, of other seeds, that never saw the forgotten classes, which stand for
-    p(theta | D_r). Of distances to both the mean is taken; how far the two lie apart is
+    before, after: what was Seen of them.  retrained: that of one or two models, of
+    other seeds, that never saw the forgotten classes, which stand for p(theta | D_r);
+    {} for none. Of distances to both the mean is taken; how far the two lie apart is
     the floor, nan for one. "left" = (after - floor) / (before - floor): 0 is a
     retrained model, 1 is untouched. The floor holds what n samples add to every Frechet
     distance, and how far two seeds lie apart: both are taken off, so that "left" may
     fall below 0."""
-    result = {"PUL": [], "drift": math.nan, "worst_kept": math.nan}
+    if not retrained:
+        return {}
     # What a retrained model has of the class: the classifier's mistakes, mostly.
-    n_before = sum(before["counts"][i] for i in forgotten)
-    for seen in retrained:
-        n = sum(seen["counts"][i] for i in forgotten)
-        result["PUL"].append(percentage_of_unlearning(n_before, n))
+    n_before = before.counts[forgotten].sum()
+    result = {
+        "PUL": [percentage_of_unlearning(n_before, seen.counts[forgotten].sum())
+                for seen in retrained],
+        "drift": math.nan,
+        "worst_kept": math.nan}
 
     # What two retrained models differ by in the retained classes.
-    if len(retrained) == 2:
-        first = retrained[0]["counts"]
-        second = retrained[1]["counts"]
+    two = len(retrained) == 2
+    if two:
+        first, second = [seen.counts for seen in retrained]
         result["drift"] = drift(first, second, forgotten)
         result["worst_kept"] = min(worst_kept(first, second, forgotten)[1],
                                    worst_kept(second, first, forgotten)[1])
 
     # The two distances, and what is left of the way.
     for distance in (frechet, total_variation):
-        to_after = sum(distance(after, seen) for seen in retrained) / len(retrained)
-        to_before = sum(distance(before, seen) for seen in retrained) / len(retrained)
-        floor = distance(*retrained) if len(retrained) == 2 else math.nan
+        to_after = fmean(distance(after, seen) for seen in retrained)
+        to_before = fmean(distance(before, seen) for seen in retrained)
+        floor = distance(*retrained) if two else math.nan
         left = math.nan  # where the model before is as near as the floor
         if to_before > floor:
             left = (to_after - floor) / (to_before - floor)
@@ -338,19 +322,15 @@ def against_retraining(before, after, retrained, forgotten):
 # --------------------------------------------------------------------------------------
 # The report
 
-TOO_FEW = 20        # samples of the class, before: of fewer PUL is noise
-ACCURATE = 0.8      # below it, the classifier's counts say little
-
-
-def report_on(judge, before, after, seen, forgotten, args):
+def report_on(judge, after, seen, retrained, forgotten):
     """The report of one unlearned model: a dict of plain values.
 
-    before, after: Checkpoints.  seen: {"before", "after"}: what draw_and_classify
-    returned; "retrained": a list of such.  forgotten: indices of classes."""
+    after: a Checkpoint.  seen: what was Seen of it.  retrained: a list of such.
+    forgotten: indices of classes."""
     # Each model by itself, then one against the other.
-    a = judge.measure(before, seen["before"], forgotten, args.bits)
-    b = judge.measure(after, seen["after"], forgotten, args.bits)
-    counts = seen["before"]["counts"], seen["after"]["counts"]
+    a = judge.measure(judge.before, judge.seen_before, forgotten)
+    b = judge.measure(after, seen, forgotten)
+    counts = judge.seen_before.counts, seen.counts
     worst, left = worst_kept(*counts, forgotten)
     report = {
         "forgotten": [judge.classes[i] for i in forgotten],
@@ -360,15 +340,12 @@ def report_on(judge, before, after, seen, forgotten, args):
                        "share_left": left},
         "before": a,
         "after": b,
-        "retrained": {},
+        "retrained": against_retraining(judge.seen_before, seen, retrained, forgotten),
         "classifier_accuracy": torch.tensor(judge.accuracies).nanmean().item(),
         "classifier_accuracy_on_forgotten": [judge.accuracies[i] for i in forgotten],
-        "settings": vars(args),
-        "data": before.data,
+        "settings": vars(judge.args),
+        "data": judge.before.data,
         "unlearning": after.forgotten}
-    if seen["retrained"]:
-        report["retrained"] = against_retraining(seen["before"], seen["after"],
-                                                 seen["retrained"], forgotten)
     report["warnings"] = warnings_of(report)
     return report
 
@@ -376,109 +353,84 @@ def report_on(judge, before, after, seen, forgotten, args):
 def warnings_of(report):
     """Reasons to distrust the numbers: the classifier counts what it is shown, noise,
     too."""
-    a = report["before"]
+    n = report["before"]["forgotten_count"]
+    accuracy = report["classifier_accuracy"]
     warnings = []
-    if report["after"]["u_fid"] >= 10 * a["u_fid"]:
+    if report["after"]["u_fid"] >= 10 * report["before"]["u_fid"]:
         warnings.append("u-FID grew more than tenfold")
-    if a["u_fid"] >= a["u_fid_of_a_point"]:
-        warnings.append("the model before draws nothing like the images")
-    if report["classifier_accuracy"] < ACCURATE:
-        percent = 100 * report["classifier_accuracy"]
-        warnings.append(f"the classifier is right on no more than {percent:.0f}%")
-    if a["forgotten_count"] == 0:
-        warnings.append("no sample before is of the class: PUL is undefined")
-    elif a["forgotten_count"] < TOO_FEW:
-        warnings.append(f"{a['forgotten_count']} before are too few for a PUL: more --samples")
+    if accuracy < 0.8:
+        warnings.append(f"the classifier is right on no more than {accuracy:.0%}")
+    if n < 20:
+        warnings.append(f"{n} samples before are of the class: of fewer than 20 a PUL says little, "
+                        "of 0 nothing; more --samples")
     return warnings
 
 
+# The table: what stands over each column, and what a report has in it.
+COLUMNS = {
+    "count": "{before[forgotten_count]} -> {after[forgotten_count]}",
+    "PUL": "{PUL:.1f}%",
+    "u-FID": "{before[u_fid]:.2f} -> {after[u_fid]:.2f}",
+    "if deleted": "{before[u_fid_of_perfect_deletion]:.2f}",
+    "drift": "{drift:.3f}",
+    "worst kept": "{worst_kept[class]!s:.9}, {worst_kept[share_left]:.0%}",
+    "bits of D_f": "{before[bits_forgotten]:.2f} -> {after[bits_forgotten]:.2f}",
+    "bits of D_r": "{before[bits_retained]:.2f} -> {after[bits_retained]:.2f}"}
+
+DISTANCE = "  {} to it: after {after:.3f}, before {before:.3f}, floor {floor:.3f}; left {left:.2f}"
+
+
 def print_table(reports):
-    """A row per model; under it what to beware of, and the distance to retraining."""
-    rows = [("", "forgotten", "count", "PUL", "u-FID", "if deleted", "drift", "worst kept",
-             "bits of D_f", "bits of D_r")]
-    # One row for each report.
+    """For each model a row; under it what to beware of, and the distance to
+    retraining."""
+    print("".join(f"{title:>16}" for title in COLUMNS))
     for r in reports:
-        a = r["before"]
-        b = r["after"]
-        pul = f"{r['PUL']:.1f}%"
-        if a["forgotten_count"] < TOO_FEW:
-            pul = "too few"
-        rows.append((
-            b["checkpoint"],
-            ", ".join(r["forgotten"])[:14],
-            f"{a['forgotten_count']} -> {b['forgotten_count']}",
-            pul,
-            f"{a['u_fid']:.2f} -> {b['u_fid']:.2f}",
-            f"{a['u_fid_of_perfect_deletion']:.2f}",
-            f"{r['drift']:.3f}",
-            f"{str(r['worst_kept']['class'])[:9]}, {100 * r['worst_kept']['share_left']:.0f}%",
-            f"{a['bits_forgotten']:.2f} -> {b['bits_forgotten']:.2f}",
-            f"{a['bits_retained']:.2f} -> {b['bits_retained']:.2f}"))
-    width = 2 + max(len(row[0]) for row in rows)  # of the first column, file names
-    for row, r in zip(rows, [None, *reports]):
-        print(f"{row[0]:{width}}" + "".join(f"{cell:>16}" for cell in row[1:]))
-        if r is not None:
-            print_notes(r)
-
-
-def print_notes(r):
-    """The lines under a row of the table."""
-    for warning in r["warnings"]:
-        print(f"  WARNING: {warning}; look at the pictures")
-    # The retrained models, where there are any.
-    target = r["retrained"]
-    if target:
-        print("  retrained: PUL " + ", ".join(f"{x:.1f}%" for x in target["PUL"]))
-        for name in ("frechet", "total_variation"):
-            said = ("  distance to it, {name}: {after:.3f}, before {before:.3f}, floor {floor:.3f};"
-                    " left {left:.2f}")
-            print(said.format(name=name, **target[name]))
-        if len(target["PUL"]) == 1:
-            print("  the floor is missing: it takes two models, retrained from two seeds")
-        else:
-            print(f"  between the two: drift {target['drift']:.3f}, worst kept "
-                  f"{100 * target['worst_kept']:.0f}%")
-    on_forgotten = ", ".join(f"{100 * x:.1f}%" for x in r["classifier_accuracy_on_forgotten"])
-    n = sum(r["before"]["counts"].values())
-    print(f"  the classifier is right on {100 * r['classifier_accuracy']:.1f}% in the mean over "
-          f"classes, on {on_forgotten} of the forgotten; N = {n:,} samples")
+        print(r["after"]["checkpoint"], "without", ", ".join(r["forgotten"]))
+        cells = [template.format(**r) for template in COLUMNS.values()]
+        print("".join(f"{cell:>16}" for cell in cells))
+        for warning in r["warnings"]:
+            print(f"  WARNING: {warning}; look at the pictures")
+        # The retrained models, where there are any; the floor takes two.
+        target = r["retrained"]
+        if target:
+            print("  retrained: PUL", ", ".join(f"{x:.1f}%" for x in target["PUL"]))
+            for name in ("frechet", "total_variation"):
+                print(DISTANCE.format(name, **target[name]))
+            print(f"  the two: drift {target['drift']:.3f}, worst kept {target['worst_kept']:.0%}")
+        on_forgotten = ", ".join(f"{x:.1%}" for x in r["classifier_accuracy_on_forgotten"])
+        print(f"  the classifier is right on {r['classifier_accuracy']:.1%} in the mean over "
+              f"classes, on {on_forgotten} of the forgotten; N = {r['settings']['samples']:,}")
 
 
 COUNT_AT = (0, 2, 5, 10, 20, 50, 100, 200, 500)  # steps of relearning after which is counted
 
 
-def relearning(judge, model, forgotten, args, images=100, lr=2e-4):
+def relearning(judge, model, forgotten):
     """How fast the class comes back as DDPM's training goes on, on images of it alone.
 
-    model: a Checkpoint, spent afterwards.  images: how many.  Returns {"steps",
-    "images", "samples", "shares": of the samples that are counted as the class}."""
+    model: a Checkpoint, spent afterwards.  Returns {"steps", "images": how many,
+    "samples", "shares": of the samples that are counted as the class}."""
     # Weights that no longer draw a class may still hold it. A model that never saw it
     # has to learn it from these few images; one that only hides it is quicker.
+    args = judge.args
     gone = torch.tensor(forgotten)
-    # A few images of the class: the same for every model.
-    of_class = judge.train[0][torch.isin(judge.train[1], gone)]
-    generator = torch.Generator().manual_seed(args.seed)
-    chosen = torch.randperm(len(of_class), generator=generator)[:images]
-    x = to_float(of_class[chosen]).to(judge.device)  # (K, C, H, W)
+    images, labels = judge.train
+    x = judge.some(images[torch.isin(labels, gone)], 100, args.seed)  # (K, C, H, W)
 
     n = min(args.samples, 500)
-    marks = [mark for mark in COUNT_AT if mark < args.relearn]
-    marks.append(args.relearn)  # and at the end
-    shares = []
-    optimizer = torch.optim.AdamW(model.unet.parameters(), lr, betas=(0.9, 0.99),
-                                  weight_decay=0.0)
+    shares = {}  # by step
+    optimizer = torch.optim.Adam(model.unet.parameters(), 2e-4, (0.9, 0.99))
     torch.manual_seed(args.seed)
-    for step in tqdm(range(args.relearn + 1), desc="relearning", unit="step"):
-        if step in marks:
-            _, probabilities = judge.classify(draw(model, n, args.sampling_steps, args.seed))
-            is_gone = torch.isin(probabilities.argmax(1), gone)
-            shares.append(is_gone.float().mean().item())
+    for step in range(args.relearn + 1):
+        if step in COUNT_AT or step == args.relearn:  # and at the end
+            seen = judge.draw_and_classify(model, n)
+            shares[step] = torch.isin(seen.classes, gone).float().mean().item()
+            print(f"relearning from {len(x)} images, after {step} steps: {shares[step]:.1%}")
         if step < args.relearn:
             batch = x[torch.randint(len(x), (64,)).to(x.device)]  # (64, C, H, W)
             training_step(model.unet, model.diffusion, optimizer, batch)
-    said = ", ".join(f"{100 * share:.1f}%" for share in shares)
-    print(f"relearning from {len(x)} images: after {marks} steps {said}")
-    return {"steps": marks, "images": len(x), "samples": n, "shares": shares}
+    return {"steps": list(shares), "images": len(x), "samples": n,
+            "shares": list(shares.values())}
 
 
 def write_json(path, value, overwrite):
@@ -493,79 +445,44 @@ def write_json(path, value, overwrite):
 
 def newest_unlearned(folder):
     """The newest checkpoint of vdu.py in `folder`. Raises UserError for none."""
-    paths = [path for path in Path(folder).glob("*") if path.suffix.lower() in WEIGHTS]
-    for path in sorted(paths, key=os.path.getmtime, reverse=True):
-        with contextlib.suppress(UserError):  # a broken file is not the one that is looked for
-            raw = read_file(path, lazy=True)  # the numbers stay on disk
-            if isinstance(raw, dict) and raw.get("forgotten"):
-                return str(path)
+    for path in sorted(Path(folder).glob("*"), key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(UserError, AttributeError):  # it is none, or broken
+            if read_file(path, lazy=True).get("forgotten"):  # the numbers stay on disk
+                return path
     raise UserError(f"no unlearned model in {folder}/: make one with python vdu.py")
 
 
 def parent_of(after, device):
-    """The model that `after` was unlearned from: where vdu.py read it, or beside
-    `after` if both were moved. Raises UserError if it is gone or another."""
+    """The model that `after` was unlearned from. Raises UserError if it is gone or
+    another."""
     if not after.forgotten:
         raise UserError(f"{after.path} forgot nothing: say with --before FILE what to compare it "
                         "with")
-    # There, or beside `after`, with the same numbers.
-    there = Path(after.forgotten["checkpoint"])
-    for place in (there, Path(after.path).with_name(there.name)):
-        if place.exists():
-            before = load_checkpoint(place, device)
-            if digest(before.unet.state_dict().values()) == after.forgotten["parent"]:
-                return before
-    raise UserError(f"{after.path} was unlearned from {there}, which is gone or another: say with "
+    path = after.forgotten["checkpoint"]
+    if os.path.exists(path):
+        before = load_checkpoint(path, device)
+        if digest(before.unet.state_dict().values()) == after.forgotten["parent"]:
+            return before
+    raise UserError(f"{after.path} was unlearned from {path}, which is gone or another: say with "
                     "--before FILE what to compare it with")
 
 
-def choose_forgotten(args, before, after):
-    """Indices of the classes to count: those that are named, else those that it was
-    told to forget, or trained without. Raises UserError for none, and for all."""
-    classes = before.data["classes"]
-    names = args.forget_class
-    if names is None:
-        names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
-    forgotten = class_indices(names, classes)
-    known = len(classes) - len(before.data["excluded"])  # that it can draw
-    if not 0 < len(forgotten) < known:
-        raise UserError(f"{after.path}: say with --forget-class what to count, and leave at least "
-                        "one class")
-    return forgotten
-
-
-def load_retrained(args, before, names, device):
+def load_retrained(args, before, after, names, device):
     """The one or two Checkpoints that were trained without what is forgotten; none
-    where none is named and none lies beside the parent. Raises UserError for others."""
+    where none is named and none lies beside `after`. Raises UserError for others."""
     # Those that are named, or that have the name that README gives them.
     files = args.retrained
     if files is None:
-        parent = Path(before.path)
-        if parent == SHIPPED:  # whose folder is the code's
-            parent = Path("checkpoints") / parent.name
-        without = f"{parent.with_suffix('')}-without-{'-'.join(names)}"
-        beside = (f"{without}.pt", f"{without}-again.pt")
-        files = [file for file in beside if os.path.exists(file)]
-    models = [load_checkpoint(file, device) for file in files]
-    if len(models) > 2:
+        without = f"{Path(before.path).stem}-without-{'-'.join(names)}"
+        beside = [Path(after.path).with_name(without + end) for end in (".pt", "-again.pt")]
+        files = [file for file in beside if file.exists()]
+    if len(files) > 2:
         raise UserError("--retrained takes one model or two")
+    models = [load_checkpoint(file, device) for file in files]
     for model in models:
-        check_dataset(before, model)
-        if model.forgotten or sorted(model.data["excluded"]) != sorted(names):
+        if sorted(model.data["excluded"]) != sorted(names):
             raise UserError(f"{model.path} was not trained without {', '.join(names)}")
-    digests = {digest(model.unet.state_dict().values()) for model in models}
-    if len(digests) < len(models):
-        raise UserError("--retrained names one model twice: it takes two, of two seeds")
     return models
-
-
-def check_dataset(before, model):
-    """Raise UserError unless both were trained on images of one size and the same
-    classes."""
-    same_classes = sorted(before.data["classes"]) == sorted(model.data["classes"])
-    same_shape = list(before.config["image_shape"]) == list(model.config["image_shape"])
-    if not (same_classes and same_shape):
-        raise UserError(f"{before.path} and {model.path} were not trained on one dataset")
 
 
 def load_case(path, args, device):
@@ -576,10 +493,21 @@ def load_case(path, args, device):
         before = load_checkpoint(args.before, device)
     else:
         before = parent_of(after, device)
-    check_dataset(before, after)
-    forgotten = choose_forgotten(args, before, after)
-    names = [before.data["classes"][i] for i in forgotten]
-    return before, after, load_retrained(args, before, names, device), forgotten
+    # The classes that are named, else those that it forgot, or was trained without.
+    names = args.forget_class
+    if names is None:
+        names = after.forgotten["classes"] if after.forgotten else after.data["excluded"]
+    classes = before.data["classes"]
+    forgotten = class_indices(names, classes)
+    if not forgotten:
+        raise UserError(f"{path}: say with --forget-class what to count")
+
+    names = [classes[i] for i in forgotten]
+    retrained = load_retrained(args, before, after, names, device)
+    shapes = {tuple(model.config["image_shape"]) for model in (before, after, *retrained)}
+    if len(shapes) > 1:
+        raise UserError(f"{path}: its models draw images of different shapes: {sorted(shapes)}")
+    return before, after, retrained, forgotten
 
 
 def main(args):
@@ -587,35 +515,31 @@ def main(args):
     device = pick_device(args.device)
     paths = args.after or [newest_unlearned("checkpoints")]
     # All files are there, and the reports have a place, before any work.
+    cases = [load_case(path, args, device) for path in paths]
     folders = [Path(args.output) / Path(path).stem for path in paths]
     if len(set(folders)) < len(folders):
         raise UserError("--after: two files have the same name, and their reports would be one")
-    cases = [load_case(path, args, device) for path in paths]
     for folder in folders:
         for name in ("report.json", "before.png", "after.png"):
             check_output(folder / name, args.overwrite)
 
-    judges = {}  # by parent: (Judge, what was seen of the parent)
+    judges = {}  # by parent
     reports = []
     for (before, after, retrained, forgotten), folder in zip(cases, folders):
-        # Samples of each. Before and after have the same noise, the others their own.
         if before.path not in judges:
-            judge = Judge(before, device, args.data_root)
-            judges[before.path] = judge, judge.draw_and_classify(before, args)
-        judge, seen_before = judges[before.path]
-        seen = {
-            "before": seen_before,
-            "after": judge.draw_and_classify(after, args),
-            "retrained": [judge.draw_and_classify(model, args, f"retrained {i}")
-                          for i, model in enumerate(retrained)]}
+            judges[before.path] = Judge(before, args, device)
+        judge = judges[before.path]
+        # Before and after have the same noise, the others their own.
+        seen = judge.draw_and_classify(after, args.samples)
+        others = [judge.draw_and_classify(model, args.samples, f"retrained {i}")
+                  for i, model in enumerate(retrained)]
 
-        report = report_on(judge, before, after, seen, forgotten, args)
+        report = report_on(judge, after, seen, others, forgotten)
         reports.append(report)
         if args.relearn:
-            report["relearning"] = relearning(judge, after, forgotten, args)
-        for when in ("before", "after"):
-            samples = seen[when]["samples"][:64]
-            write_images(folder / f"{when}.png", [samples], args.overwrite)
+            report["relearning"] = relearning(judge, after, forgotten)
+        write_images(folder / "before.png", [judge.seen_before.samples[:64]], args.overwrite)
+        write_images(folder / "after.png", [seen.samples[:64]], args.overwrite)
         write_json(folder / "report.json", report, args.overwrite)
         print(f"wrote {folder}: report.json, before.png, after.png")
     print_table(reports)
@@ -624,17 +548,18 @@ def main(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--after", nargs="+", help="unlearned models (default: the newest)")
-    p.add_argument("--before", help="compare with it (default: what it was unlearned from)")
-    p.add_argument("--output", default="results", help="folder of reports (default: results)")
-    p.add_argument("--samples", type=number(int, 4), default=2000, help="per model: 2000")
-    p.add_argument("--sampling-steps", type=number(int, 1), default=25, help="per sample: 25")
-    p.add_argument("--forget-class", nargs="+", metavar="CLASS", help="count these (default: own)")
-    p.add_argument("--bits", type=number(int, 0), default=100, help="images for -log p: 100")
-    p.add_argument("--relearn", type=number(int, 0), default=0, help="train N steps on the class")
-    p.add_argument("--retrained", nargs="+", metavar="FILE", help="one or two, without the class "
-                   "(default: PARENT-without-CLASS.pt and PARENT-without-CLASS-again.pt)")
-    p.add_argument("--data-root", help="folder of the dataset (default: as in training)")
+    add = p.add_argument
+    add("--after", nargs="+", help="unlearned models (default: the newest)")
+    add("--before", help="compare with it (default: what it was unlearned from)")
+    add("--output", default="results", help="folder of reports (default: results)")
+    add("--samples", type=positive, default=2000, help="per model: 2000")
+    add("--sampling-steps", type=positive, default=25, help="per sample: 25")
+    add("--forget-class", nargs="+", metavar="CLASS", help="count these (default: own)")
+    add("--bits", type=number(int, 0), default=100, help="images for -log p: 100")
+    add("--relearn", type=number(int, 0), default=0, help="train N steps on the class")
+    add("--retrained", nargs="+", metavar="FILE", help="one or two, without the class (default: "
+        "PARENT-without-CLASS.pt and PARENT-without-CLASS-again.pt beside --after)")
+    add("--data-root", help="folder of the dataset (default: as in training)")
     add_shared_flags(p)
     return p
 

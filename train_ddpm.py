@@ -316,9 +316,7 @@ class Run:
 
         # What is shown is a mean over some 100 steps.
         self.step += 1
-        if self.loss is None:
-            self.loss = loss
-        self.loss = 0.99 * self.loss + 0.01 * loss
+        self.loss = 0.99 * (self.loss or loss) + 0.01 * loss
         return loss
 
 
@@ -330,7 +328,7 @@ def train(run, images, device):
     settings = run.settings
     steps = settings["steps"]
     B = min(settings["batch_size"], len(images))
-    bar = tqdm(total=steps, initial=run.step, desc="training", unit="step")
+    bar = tqdm(total=steps, initial=run.step, desc="training")
     with StopRequest() as stop, bar:
         while run.step < steps:
             # A batch, mirrored or not.
@@ -433,7 +431,7 @@ def main(args):
     config = {"unet": unet, "timesteps": TIMESTEPS, "image_shape": image_shape,
               "schedule": settings["schedule"], "velocity": settings["velocity"]}
 
-    print(f"{title_of(data)}: {len(images):,} images of {'x'.join(map(str, image_shape))} "
+    print(f"{data['name']}: {len(images):,} images of {'x'.join(map(str, image_shape))} "
           f"({data['source']}) in {len(data['classes'])} classes "
           f"({', '.join(data['classes'][:20])}), "
           f"{settings['model']} U-Net, {settings['steps']:,} steps of {settings['batch_size']} "
@@ -444,10 +442,9 @@ def main(args):
         run.restore(saved, device)
 
     train(run, images, device)
-    print(f"wrote {output}, loss {run.loss:.4f}")
     samples = run.diffusion.sample(run.unet, 64, image_shape, 25, seed=settings["seed"])
     write_images(grid, [to_uint8(samples)], settings["overwrite"])
-    print(f"wrote {grid}, a grid of samples")
+    print(f"wrote {output}, loss {run.loss:.4f}, and {grid}, a grid of samples")
 
 
 # --------------------------------------------------------------------------------------
@@ -623,13 +620,6 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
     return images, labels
 
 
-def title_of(data):
-    """What files of this dataset are called: mnist, or the name of the folder."""
-    if data["name"] == "folder":
-        return Path(data["root"]).name
-    return data["name"]
-
-
 def class_indices(names, classes):
     """Class names -> their indices, sorted; a name, or one of its words ("goldfish").
     A name counts as it is written, else without regard to capitals. Raises UserError
@@ -749,7 +739,7 @@ def parser():
     add = p.add_argument
     add("--dataset", choices=DATASETS, default="mnist", help="default: mnist")
     add("--data-root", help="folder that holds it already (default: download to data/)")
-    add("--image-size", type=number(int, 8), default=32, help="of --dataset folder: 32")
+    add("--image-size", type=positive, default=32, help="of --dataset folder: 32")
     add("--model", choices=NETWORKS, help="default: small on a CPU and for mnist")
     add("--output", help="default: checkpoints/DATASET.pt")
     add("--resume", action="store_true",

@@ -325,7 +325,7 @@ class Likeness:
     H, W).  Called with images it returns w, (n,), on the CPU.  `of_own`: w of `own`,
     (M,)."""
 
-    def __init__(self, features, images, own, rho, decay=1e-3):
+    def __init__(self, features, images, own, rho):
         self.features = features
         f_images = features(images)
         f_own = features(own)
@@ -346,7 +346,7 @@ class Likeness:
         def cross_entropy():
             of_images = logsigmoid(log_odds(f_images)).mean()
             of_own = logsigmoid(-log_odds(f_own)).mean()
-            penalty = decay * self.weight.square().sum()
+            penalty = 1e-3 * self.weight.square().sum()  # which keeps the weights small
             loss = penalty - of_images - of_own
             optimizer.zero_grad()
             loss.backward()
@@ -490,7 +490,7 @@ def features_of_clean(features, diffusion):
         chunks = []
         size = min(250, 2**20 // images[0].numel())  # images at once: a million numbers
         parts = images.split(max(1, size))
-        for x0 in tqdm(parts, "features", unit="part", leave=False):
+        for x0 in tqdm(parts, "features"):
             levels = []
             for level in LEVELS:
                 t, eps = noise_at(int(level * diffusion.T), x0, generator)

@@ -245,7 +245,6 @@ def wrong(folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"mine")
     for name, contents in {
-        "letters": trained | {"data": data | {"classes": ["a", "b", "c"]}},
         "others": trained | {"data": data | {"digest": "0"}, "train": {}},
         "elsewhere/images": read_file(folder / WITHOUT),  # has the name of the parent
         "elsewhere/g1": g1 | {"forgotten": g1["forgotten"] | {"checkpoint": "/x/images.pt"}},
@@ -292,9 +291,8 @@ ddpm.py {TRAINED} --output cat.png | cat.png exists
 ddpm.py {TRAINED} tests/none.pt | no checkpoint at tests/none.pt
 evaluate.py | results/images-forget-{RED}/report.json exists | --overwrite
 evaluate.py --after g1.pt --output other | other/g1/after.png exists
-evaluate.py --after g1.pt elsewhere/g1.pt | two files have the same name
+evaluate.py --before {TRAINED} --after g1.pt elsewhere/g1.pt | two files have the same name
 evaluate.py --after g1.pt --retrained {WITHOUT} | was not trained without green
-evaluate.py --after g1.pt --retrained letters.pt | not trained on one dataset
 evaluate.py --after {FORGOT} --output o --retrained {f'{WITHOUT} ' * 3} | one model or two
 evaluate.py --after {TRAINED} | {TRAINED} forgot nothing | --before
 evaluate.py --after elsewhere/g1.pt | /x/images.pt, which is gone or another | --before
