@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, MNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
@@ -552,7 +552,7 @@ def list_tiny_imagenet(root, train, download):
     if train:
         files = list_images(folder / "train", index)
     elif annotations.exists():  # file name, WordNet id, and a bounding box
-        files = [(folder / "val" / "images" / name, index[wnid])
+        files = [(f"{folder}/val/images/{name}", index[wnid])
                  for name, wnid, *_ in read_rows(annotations)]
     else:  # some sort the val part into class folders, too
         files = list_images(folder / "val", index)
@@ -561,7 +561,7 @@ def list_tiny_imagenet(root, train, download):
 
 def apart(files):
     """[(path, label), ...] -> (an array of paths (N,), labels (N,))."""
-    paths = [str(path) for path, _ in files]
+    paths = [path for path, _ in files]
     return np.array(paths), torch.tensor([label for _, label in files])
 
 
@@ -644,36 +644,38 @@ def class_indices(names, classes):
 # Image files and pixels
 
 def subfolders(folder):
-    """{name: path} of the folders in a folder, in order; names in Unicode's NFC. (Of
-    two that differ in nothing else one counts; list_images says that it passes over the
-    other's files.)"""
+    """{name: path} of the folders in a folder, in order; names in Unicode's NFC. Raises
+    UserError for two that differ in nothing else."""
     found = {}
     for path in folder.glob("*/"):
-        if not path.name.startswith((".", "__MACOSX")):
-            found[unicodedata.normalize("NFC", path.name)] = path
+        name = unicodedata.normalize("NFC", path.name)
+        if name in found:
+            raise UserError(f"{folder} has two folders that are both called {name}")
+        if not name.startswith((".", "__MACOSX")):
+            found[name] = path
     return dict(sorted(found.items()))
 
 
 def list_images(folder, index):
-    """[(path, label)] of the images in a folder and below it, in order; says which
-    files it passes over. Links are followed; what is hidden is left out.
-    index: {sub-folder: label}; None labels all that is there 0."""
+    """[(path, label)] of the images in the sub-folders that `index` has labels for, and
+    below them, in order; says which files of the folder it passes over. Links are
+    followed; what is hidden, a file or a folder, is left out."""
+    def is_image(path):
+        inside = Path(path).relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        return inside.suffix.lower() in IMG_EXTENSIONS and os.path.isfile(path) and not hidden
+
     files = []
-    others = []  # no images, hidden, or in no folder of a class
+    if index:  # without a folder make_dataset ends in an error
+        files = make_dataset(folder, index, is_valid_file=is_image, allow_empty=True)
+    # The others are no images, hidden, or in no folder of a class.
+    others = []
     for place, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            path = Path(place, name)
-            inside = path.relative_to(folder)
-            hidden = any(part.startswith(".") for part in inside.parts)
-            is_image = path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
-            label = 0 if index is None else index.get(inside.parts[0])
-            if is_image and not hidden and label is not None:
-                files.append((path, label))
-            else:
-                others.append(str(path))
+        others += [os.path.join(place, name) for name in names]
+    others = sorted(set(others) - {path for path, _ in files})
     if others:
         print(f"{folder}: passing over {len(others)} files: {', '.join(others[:3])} ...")
-    return sorted(files)
+    return files
 
 
 def open_image(path):
@@ -723,7 +725,7 @@ def read_images(paths, image_shape):
 
 def load_images(folder, image_shape):
     """Every image in a folder and below it: (N, C, S, S). Raises UserError for none."""
-    files = list_images(folder, None)
+    files = list_images(folder, {"": 0})
     if not files:
         raise UserError(f"no images in the folder {folder}: they end in "
                         f"{', '.join(IMG_EXTENSIONS)}")

@@ -587,17 +587,14 @@ def share_like(w):
 
 def print_outcome(record, args):
     """What came of it, in words, and what to try next."""
-    A_before = record["before"]["A"]
     A = record["after"]["A"]
     first, last = record["like_D_f"]
-    print(f"done after {record['steps']} steps: A from {A_before:.4f} to {A:.4f}, theta by "
-          f"{record['moved_rms_sigma']:.4f} sigma (rms), samples like D_f from "
-          f"{100 * first:.1f}% to {100 * last:.1f}%")
+    print(f"done after {record['steps']} steps: A from {record['before']['A']:.4f} to {A:.4f}, "
+          f"theta by {record['moved_rms_sigma']:.4f} sigma (rms), samples like D_f from "
+          f"{first:.1%} to {last:.1%}")
     if A > 1:  # what a broken network draws does not look like D_f either
-        also = "has lost more than D_f; try a larger --gamma, or a smaller --lr"
-        if A_before > 1:
-            also = "was so before the first step"
-        print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}) and {also}")
+        print(f"it is broken (A of a network that always says 0 is 1, here {A:.3g}): try a larger "
+              "--gamma, or a smaller --lr")
     elif first == last == 0:
         print("nothing like D_f was seen before or after: look at the picture")
     elif first >= 0.01 and last > 0.2 * first:

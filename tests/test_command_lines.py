@@ -327,8 +327,7 @@ def test_a_posterior_of_copies_made_on_the_way_has_their_mean(folder):
     ([0.1, 0.2], [0.1, 0.05], "--paper", "still there: try more --steps, or leave --paper away"),
     ([0.1, 0.1], [0.1, 0.1], "--gamma 1", "still there: try a smaller --gamma"),
     ([0.1, 0.2], [0.0, 0.0], "", "nothing like D_f was seen before or after"),
-    ([0.1, 3.0], [0.0, 0.0], "", "broken (A of a network that always says 0 is 1, here 3) and"),
-    ([3.0, 3.0], [0.1, 0.05], "", "was so before the first step\n"),
+    ([0.1, 3.0], [0.0, 0.0], "", "broken (A of a network that always says 0 is 1, here 3): try"),
 ])
 def test_what_came_of_it_is_said_with_what_to_try(capsys, A, like, flags, advice):
     record = {"before": {"A": A[0]}, "after": {"A": A[1]}, "like_D_f": like,

@@ -309,6 +309,9 @@ def test_grey_among_colours_is_as_the_network_wants_it(tmp_path, channels, expec
 
 # --- datasets -------------------------------------------------------------------------
 
+COMPOSED = "caf\u00e9"
+APART = "cafe\u0301"
+
 
 @parametrize("test", ["test", "val", "valid"])
 def test_a_folder_may_have_parts(tmp_path, test):
@@ -349,10 +352,14 @@ def test_a_second_training_part_is_named(tmp_path, capsys):
     assert "passing over the folders train" in capsys.readouterr().out
 
 
-def test_a_test_part_beside_classes_is_refused(tmp_path):
-    folder_of(tmp_path, "a/1.png", "test/a/2.png")
+@parametrize("names, said", [
+    (["a/1.png", "test/a/2.png"], "test/ but no train/"),
+    ([f"{COMPOSED}/1.png", f"{APART}/2.png"], "two folders that are both called"),
+])
+def test_folders_that_can_be_taken_in_two_ways_are_refused(tmp_path, names, said):
+    folder_of(tmp_path, *names)
 
-    with raises(UserError, match="test/ but no train/"):
+    with raises(UserError, match=said):
         load_dataset("folder", tmp_path)
 
 
@@ -403,8 +410,6 @@ def test_a_class_without_images_is_named(checkpoint, only, name):
         train_ddpm.load_data_of(checkpoint, only=only)
 
 
-COMPOSED = "caf\u00e9"
-APART = "cafe\u0301"
 CLASSES = ["Cat", "black, cat", "cat", COMPOSED, "goldfish, Carassius auratus"]
 
 
