@@ -377,7 +377,9 @@ COLUMNS = {
     "bits of D_f": "{before[bits_forgotten]:.2f} -> {after[bits_forgotten]:.2f}",
     "bits of D_r": "{before[bits_retained]:.2f} -> {after[bits_retained]:.2f}"}
 
+# Under a row: what is said of the retrained models. One has no floor: nan.
 DISTANCE = "  {} to it: after {after:.3f}, before {before:.3f}, floor {floor:.3f}; left {left:.2f}"
+BETWEEN = "  between the two: drift {drift:.3f}, worst kept {worst_kept:.0%}"
 
 
 def print_table(reports):
@@ -396,7 +398,7 @@ def print_table(reports):
             print("  retrained: PUL", ", ".join(f"{x:.1f}%" for x in target["PUL"]))
             for name in ("frechet", "total_variation"):
                 print(DISTANCE.format(name, **target[name]))
-            print(f"  the two: drift {target['drift']:.3f}, worst kept {target['worst_kept']:.0%}")
+            print(BETWEEN.format(**target))
         on_forgotten = ", ".join(f"{x:.1%}" for x in r["classifier_accuracy_on_forgotten"])
         print(f"  the classifier is right on {r['classifier_accuracy']:.1%} in the mean over "
               f"classes, on {on_forgotten} of the forgotten; N = {r['settings']['samples']:,}")

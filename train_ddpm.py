@@ -218,7 +218,7 @@ def check_parameters(what, theta, parameters):
     """Raise UserError unless theta has the names and shapes of the network's."""
     theirs = {(k, *v.shape) for k, v in theta.items()}
     ours = {(k, *v.shape) for k, v in parameters.items()}
-    if theirs != ours or not ours:  # name three that differ, of each
+    if theirs != ours:  # name three that differ, of each
         raise UserError(f"the parameters of {what} do not match the network's (those that require "
                         f"a gradient): {sorted(theirs - ours)[:3]} ... there, "
                         f"{sorted(ours - theirs)[:3]} ... here")
