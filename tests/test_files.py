@@ -401,6 +401,21 @@ def test_one_class_is_read_where_the_others_are_gone(checkpoint):
     assert rho == 2 / 9
 
 
+def test_rho_is_counted_in_training_and_any_of_the_images_may_be_drawn(checkpoint):
+    """One of the class's three is gone."""
+    checkpoint.data["counts"] = [4, 3, 2]
+    levels = set()
+
+    for seed in range(9):
+        line = f"--forget-class b --forget-samples 1 --seed {seed}"
+        args = vdu.parser().parse_args(line.split())
+        images, rho = vdu.load_forget_images(args, checkpoint, [1])
+        levels.update(levels_of(train_ddpm.to_uint8(images)))
+
+    assert levels == {20, 40}
+    assert rho == 3 / 9
+
+
 @parametrize("only, name", [
     (None, "a"),
     ([2], "c"),
