@@ -485,7 +485,7 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
 # data of all tensors.
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    "I64": torch.int64, "U8": torch.uint8}
 
 
 def read_safetensors(path):

@@ -647,7 +647,7 @@ def subfolders(folder):
     """{name: path} of the folders in a folder, in order; names in Unicode's NFC. Raises
     UserError for two that differ in nothing else."""
     found = {}
-    for path in folder.glob("*/"):
+    for path in filter(Path.is_dir, folder.glob("*")):
         name = unicodedata.normalize("NFC", path.name)
         if name in found:
             raise UserError(f"{folder} has two folders that are both called {name}")
