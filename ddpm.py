@@ -4,7 +4,7 @@
 
 Holds    Diffusion (q and p of DDPM, sampling) and the training step; images; the
          checkpoint file; DDPM's weights in the diffusers library's layout; what the
-         command lines share; last its own, which draws samples of any models.
+         command lines share; last its own, which draws samples of models.
 Reads    checkpoint files, and folders of DDPM's weights as diffusers saves them.
 Writes   files whole or not at all: checkpoints, and a picture of samples.
 Paper    VDU (arXiv 2510.04058), its background on diffusion models. The sources:
@@ -381,9 +381,10 @@ def load_checkpoint(path, device="cpu"):
         unet.load_state_dict(raw["weights"])  # theta*
         check_finite(path, raw["weights"])
         posterior = raw.get("posterior")
-        for part in ("mean", "std") if posterior else ():
-            check_finite(path, posterior[part])
-            posterior[part] = {k: v.float() for k, v in posterior[part].items()}
+        if posterior:
+            for part in ("mean", "std"):
+                check_finite(path, posterior[part])
+                posterior[part] = {k: v.float() for k, v in posterior[part].items()}
         return Checkpoint(
             unet=unet.eval(),
             diffusion=diffusion,
@@ -393,7 +394,7 @@ def load_checkpoint(path, device="cpu"):
             forgotten=raw.get("forgotten"),
             path=os.fspath(path),
             raw=raw)
-    except (UserError, PermissionError):
+    except UserError:
         raise
     except Exception as e:  # a file may hold anything under any name
         what = f"{type(e).__name__}: {first_line(e)}"
@@ -443,10 +444,11 @@ class StandIn:
 def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dataset mnist"):
     """The contents of a PyTorch file or a safetensors file, whatever its name.
 
-    torch.load(weights_only=True) never executes what a pickle asks for. Objects of
-    other packages beside the weights (a trainer's callbacks, arguments, dates, paths)
-    are read as StandIns; torch refuses any other. lazy=True leaves the numbers on disk
-    until they are used. Raises UserError for another file."""
+    torch.load(weights_only=True) never executes what a pickle asks for. Objects beside
+    the weights (a trainer's callbacks, arguments, dates, paths, schedules) are read as
+    StandIns; torch refuses any other. lazy=True leaves the numbers on disk until they
+    are used (a PyTorch file must not be called .safetensors then). Raises UserError for
+    another file."""
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: {hint}")
@@ -465,6 +467,7 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
         for name in asked_for:
             module, _, last = name.rpartition(".")
             package = module.split(".")[0]
+            # of torch a schedule of the learning rate may be beside the weights
             if package not in REFUSED or module.startswith("torch.optim."):
                 stand_ins.append(type(last, (StandIn,), {"__module__": module}))
 
@@ -482,7 +485,7 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
 
 # The safetensors format: 8 bytes that count the header's, the header in JSON, which
 # begins with a brace (name -> dtype, shape, first and last byte of the data), then the
-# data of all tensors.
+# data of all tensors. Other types than these are refused.
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "U8": torch.uint8}
@@ -610,11 +613,12 @@ def read_unet_config(path):
         sin_first=not config["flip_sin_to_cos"],
         pad_end=config["downsample_padding"] == 0)
 
-    # How diffusers would describe this UNet. An entry of which this code has not heard
-    # is to be empty.
+    # How diffusers would describe this UNet, to compare it with the file. An entry of
+    # which this code has not heard is to be null.
     ours = {**dict.fromkeys(config), **FIXED}
     for name in FREE:
         ours[name] = config[name]
+    # One number; any other value is refused.
     size = config["sample_size"]
     ours["sample_size"] = size if isinstance(size, int) else "pixels"
     ours["downsample_padding"] = 0 if unet["pad_end"] else 1
@@ -697,8 +701,9 @@ def weights_file(path):
 def from_diffusers(tensors, file):
     """What diffusers saved, as the dictionary of a checkpoint.
     tensors: weights by diffusers' names.  file: where they were, with the JSON files
-    beside it.  Raises OSError where these are not, UserError for another network,
-    KeyError that names a missing tensor, ValueError one too many."""
+    beside it.  Raises OSError without a config.json, UserError for another network,
+    KeyError that names a missing tensor, ValueError one too many, RuntimeError for one
+    of another shape."""
     config_file = file.with_name("config.json")
     arguments, image_shape = read_unet_config(config_file)
 
@@ -822,7 +827,8 @@ def check_output(path, overwrite, endings=None):
 
 def write_atomically(path, write, overwrite=False):
     """Open `path` for bytes, and call write(file).
-    Ctrl-C or a full disk leaves the old file as it was. Raises UserError."""
+    Ctrl-C or a full disk leaves the old file as it was. Raises UserError, and what
+    check_output does."""
     check_output(path, overwrite)
     # The bytes go to a temporary file beside it, which then takes the name in one step.
     path = os.path.realpath(path)  # where a link leads: the link stays

@@ -96,8 +96,8 @@ def worst_kept(counts_before, counts_after, forgotten):
 # The classifier of a dataset: it counts, and its features are what u-FID compares
 
 def new_classifier(C, classes):
-    """images (B, C, H, W) in [-1, 1] -> logits (B, classes). Its part `body` gives the
-    features: the last convolution's, averaged over all pixels."""
+    """A network: images (B, C, H, W) in [-1, 1] -> logits (B, classes). Its part `body`
+    gives the features: the last convolution's, averaged over all pixels."""
     width = 32 if C == 1 else 64  # photographs need more
     layers = []
     for out in (width, 2 * width, 4 * width):
@@ -182,8 +182,8 @@ def get_classifier(checkpoint, train, test, device):
         held_out = torch.zeros(len(images), dtype=torch.bool)
         for i in classes:
             of_class = (labels == i).nonzero()
-            held_out[of_class[1::5]] = True  # a lone image is learned
-        test = images[held_out], labels[held_out]  # both parts of every class
+            held_out[of_class[1::5]] = True  # not the only image of a class
+        test = images[held_out], labels[held_out]
         images = images[~held_out]
         labels = labels[~held_out]
     train_classifier(classifier, images, labels, device)
@@ -249,7 +249,7 @@ class Judge:
 
     def measure(self, model, seen, forgotten):
         """All that is reported of one model by itself: a dict of plain values.
-        seen: what was Seen of it.  forgotten: indices of classes."""
+        seen: its Seen.  forgotten: indices of classes."""
         gone = torch.tensor(forgotten)
         # u-FID is against the images that should stay.
         retained = ~torch.isin(self.train[1], gone)
@@ -269,7 +269,7 @@ class Judge:
 
 
 def frechet(a, b):
-    """The Frechet distance between what was Seen of two models."""
+    """The Frechet distance between two models, by their Seen."""
     return frechet_distance(a.features, b.features)
 
 
@@ -281,7 +281,7 @@ def total_variation(a, b):
 def against_retraining(before, after, retrained, forgotten):
     """How much of the distance to the retrained model is left: a dict.
 
-    before, after: what was Seen of them.  retrained: that of one or two models, of
+    before, after: their Seen.  retrained: that of one or two models, of
     other seeds, that never saw the forgotten classes, which stand for p(theta | D_r);
     {} for none. Of distances to both the mean is taken; how far the two lie apart is
     the floor, nan for one. "left" = (after - floor) / (before - floor): 0 is a
@@ -311,7 +311,7 @@ def against_retraining(before, after, retrained, forgotten):
         to_after = fmean(distance(after, seen) for seen in retrained)
         to_before = fmean(distance(before, seen) for seen in retrained)
         floor = distance(*retrained) if two else math.nan
-        left = math.nan  # where the model before is as near as the floor
+        left = math.nan  # of one model, or where the model before is as near as the floor
         if to_before > floor:
             left = (to_after - floor) / (to_before - floor)
         result[distance.__name__] = {"after": to_after, "before": to_before, "floor": floor,
@@ -325,7 +325,7 @@ def against_retraining(before, after, retrained, forgotten):
 def report_on(judge, after, seen, retrained, forgotten):
     """The report of one unlearned model: a dict of plain values.
 
-    after: a Checkpoint.  seen: what was Seen of it.  retrained: a list of such.
+    after: a Checkpoint.  seen: its Seen.  retrained: a list of such.
     forgotten: indices of classes."""
     # Each model by itself, then one against the other.
     a = judge.measure(judge.before, judge.seen_before, forgotten)
@@ -366,7 +366,8 @@ def warnings_of(report):
     return warnings
 
 
-# The table: what stands over each column, and what a report has in it.
+# The table: what stands over each column, and a template for str.format, filled from
+# the report ("!s:.9" is the first nine letters).
 COLUMNS = {
     "count": "{before[forgotten_count]} -> {after[forgotten_count]}",
     "PUL": "{PUL:.1f}%",
@@ -377,14 +378,14 @@ COLUMNS = {
     "bits of D_f": "{before[bits_forgotten]:.2f} -> {after[bits_forgotten]:.2f}",
     "bits of D_r": "{before[bits_retained]:.2f} -> {after[bits_retained]:.2f}"}
 
-# Under a row: what is said of the retrained models. One has no floor: nan.
-DISTANCE = "  {} to it: after {after:.3f}, before {before:.3f}, floor {floor:.3f}; left {left:.2f}"
+# Under a row: what is said of the retrained models ("them"). One has no floor: nan.
+DISTANCE = "  {} to them: after {after:.3f}, before {before:.3f}, floor {floor:.3f}; left {left:.2f}"
 BETWEEN = "  between the two: drift {drift:.3f}, worst kept {worst_kept:.0%}"
 
 
 def print_table(reports):
-    """For each model a row; under it what to beware of, and the distance to
-    retraining."""
+    """For each model a row; under it what to beware of, the distance to retraining, and
+    how good the classifier is."""
     print("".join(f"{title:>16}" for title in COLUMNS))
     for r in reports:
         print(r["after"]["checkpoint"], "without", ", ".join(r["forgotten"]))
@@ -398,7 +399,8 @@ def print_table(reports):
             print("  retrained: PUL", ", ".join(f"{x:.1f}%" for x in target["PUL"]))
             for name in ("frechet", "total_variation"):
                 print(DISTANCE.format(name, **target[name]))
-            print(BETWEEN.format(**target))
+            if len(target["PUL"]) == 2:
+                print(BETWEEN.format(**target))
         on_forgotten = ", ".join(f"{x:.1%}" for x in r["classifier_accuracy_on_forgotten"])
         print(f"  the classifier is right on {r['classifier_accuracy']:.1%} in the mean over "
               f"classes, on {on_forgotten} of the forgotten; N = {r['settings']['samples']:,}")

@@ -208,7 +208,8 @@ def choose_objective(model, posterior, images, args):
     context = model.context(prompts)
     arguments = (model.diffusion, posterior, forget, args.gamma, args.batch_size,
                  args.t_range, context)
-    objective = PaperObjective(*arguments, bound_weights=args.bound_weights)  # it checks t_range
+    # made now, so that a wrong t_range ends it before any drawing; paper alone keeps it
+    objective = PaperObjective(*arguments, bound_weights=args.bound_weights)
 
     # ... and what theta* draws for other prompts: as many images of each.
     others = [prompt for prompt in NEUTRAL_PROMPTS if args.concept.lower() not in prompt]
@@ -638,8 +639,8 @@ def fill(network, tensors, prefix, checkpoint):
 
 
 def save(path, checkpoint, weights, record, overwrite):
-    """Write `checkpoint` again as `path`, with the U-Net's `weights` as float32: in
-    half precision a small move of a weight would be rounded away."""
+    """Write the tensors of `checkpoint` again as `path`, with the U-Net's `weights` as
+    float32: in half precision a small move of a weight would be rounded away."""
     # without the moving averages of training, a copy that remembers
     state = {k: v for k, v in read_tensors(checkpoint).items() if not k.startswith("model_ema.")}
     for k, v in weights.items():

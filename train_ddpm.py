@@ -97,7 +97,7 @@ NETWORKS = {"small": small, "base": base}
 TIMESTEPS = 1000           # T, as in DDPM
 POSTERIOR_FRACTION = 0.25  # share of training, at its end, whose weights form the posterior:
 POSTERIOR_EVERY = 5        # steps: the weights of neighbours hardly differ
-SAVE_EVERY = 1000          # steps, in case the power fails
+SAVE_EVERY = 1000          # steps, in case it is killed
 SIGMA_FLOOR = 1e-8         # sigma* of a weight that never moved: tiny, but no 0 to divide by
 
 
@@ -129,7 +129,7 @@ class GaussianPosterior:
     """p(theta | D) ~ prod_i N(mu*_i, sigma*_i^2) (VDU's approximation).
     mean, std: {name: tensor} like the parameters, mu* and sigma*, in memory of their
     own.  n: of how many checkpoints.  m2: sums of squared deviations, while checkpoints
-    come in. Made from the first three, or without arguments and filled by `update`."""
+    come in. Made from these, or without arguments and filled by `update`."""
 
     def __init__(self, mean=None, std=None, n=0, m2=None):
         self.mean = mean or {}
@@ -164,7 +164,7 @@ class GaussianPosterior:
         fixed = {k: v for k, v in net.state_dict().items() if k not in parameters}
         posterior = cls()
         digests = set()
-        matches = False  # what is fixed, that of one of the files
+        matches = False  # whether what is fixed is as in one of the files
         for path in paths:
             # Its parameters, which must be the network's.
             tensors = read(path)
@@ -266,6 +266,7 @@ class Run:
             fused=device.type != "mps")
         self.step = 0  # done so far
         self.loss = None  # a running mean
+        self.overwrite = settings["overwrite"]  # what it wrote itself it may replace
 
     def theta(self):
         """mu*, once there is one: the last weights alone have the noise of a step."""
@@ -289,8 +290,8 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "loss": self.loss,
                 "posterior": vars(self.posterior)}
-        save_checkpoint(self.settings["output"], contents, self.settings["overwrite"])
-        self.settings["overwrite"] = True  # what it wrote itself it may replace
+        save_checkpoint(self.settings["output"], contents, self.overwrite)
+        self.overwrite = True
 
     def restore(self, saved, device):
         """Go on from the contents of an interrupted run's file."""
@@ -300,6 +301,7 @@ class Run:
         self.unet.load_state_dict(train["unet"])
         self.optimizer.load_state_dict(train["optimizer"])
         self.posterior = GaussianPosterior(**train["posterior"]).to(device)
+        self.overwrite = True
 
     def take_step(self, x0):
         """One step of Adam on images x0 (B, C, H, W); returns its loss."""
@@ -351,8 +353,7 @@ def train(run, images, device):
             if stop.requested or finished or run.step % SAVE_EVERY == 0:
                 run.save()
             if stop.requested and not finished:
-                bar.close()
-                print(f"interrupted: saved step {run.step} of {steps} in {settings['output']}; "
+                print(f"\ninterrupted: saved step {run.step} of {steps} in {settings['output']}; "
                       "go on with --resume")
                 raise KeyboardInterrupt
     run.unet.load_state_dict(run.theta())  # mu* from here on
@@ -381,7 +382,7 @@ def read_settings(args):
     saved = read_file(output)
     if "train" not in saved:
         raise UserError(f"{output} is no interrupted run: there is nothing to resume")
-    settings = dict(saved["settings"], output=output, overwrite=True)
+    settings = dict(saved["settings"], output=output, overwrite=args.overwrite)
     if root is not None:
         settings["data_root"] = root
     return settings, saved
@@ -482,15 +483,15 @@ def load_dataset(name, root=None, train=True, image_shape=(None, 32, 32), only=N
             data.update(source=MNIST_5K.name, root=None)
         else:
             images, labels, data["classes"] = load_published(name, folder, train, download, classes)
-    except (UserError, PermissionError):
+    except UserError:
         raise
     except Exception as e:  # over damaged files torchvision fails in many ways
         if name == "mnist" and download:
             print(f"MNIST cannot be downloaded ({first_line(e)}): using the 5,000 images in "
                   f"{MNIST_5K.name}")
             return load_dataset("mnist", MNIST_5K, train, image_shape, only)
-        raise UserError(f"{name} cannot be downloaded, or is damaged ({first_line(e)}): its "
-                        f"published files belong in {folder / DATASETS[name]} (--data-root)") from e
+        raise UserError(f"{name} is damaged, not there, or cannot be downloaded ({first_line(e)}): "
+                        f"its files belong in {folder / DATASETS[name]} (--data-root)") from e
 
     # Of the classes that are asked for, each has to be there, in the training part.
     wanted = range(len(data["classes"])) if only is None else only
@@ -599,7 +600,8 @@ def list_folder(root, train, classes):
         raise UserError(f"no classes in {here}: it needs a sub-folder of images for each")
     index = {}  # what a folder's images are labelled
     if not train:
-        here = parts.get("test", root / "test")  # which need not be there
+        # without a test part this folder is not there, and its list is empty
+        here = parts.get("test", root / "test")
     for name, path in subfolders(here).items():
         if name in classes:
             index[path.name] = classes.index(name)
@@ -622,7 +624,7 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
 
 def class_indices(names, classes):
     """Class names -> their indices, sorted; a name, or one of its words ("goldfish").
-    A name counts as it is written, else without regard to capitals. Raises UserError
+    A name counts as it is written, a word without regard to capitals. Raises UserError
     that lists the classes there are."""
     if names and not classes:
         raise UserError("this model has no names of classes: vdu.py takes --forget-images, and its "
@@ -645,7 +647,7 @@ def class_indices(names, classes):
 
 def subfolders(folder):
     """{name: path} of the folders in a folder, in order; names in Unicode's NFC. Raises
-    UserError for two that differ in nothing else."""
+    UserError for two names that NFC makes equal."""
     found = {}
     for path in filter(Path.is_dir, folder.glob("*")):
         name = unicodedata.normalize("NFC", path.name)

@@ -387,7 +387,7 @@ class FunctionSpaceObjective(PaperObjective):
     The means over t are in one density on t_range (see ratio); elsewhere D_f has no
     part. Others: PaperObjective's."""
 
-    _: KW_ONLY
+    _: KW_ONLY  # the fields below are given by name
     frozen: Callable
     kept: torch.Tensor
     rho: float
@@ -541,13 +541,14 @@ def forget(net, diffusion, posterior, images, rho, share=None, features=None, pa
     that is not between 0 and 1."""
     if not 0 < rho < 1:
         raise UserError(f"what is to be forgotten is {100 * rho:g}% of what the model was trained "
-                        "on: some of that has to be, and some has to stay")
+                        "on: it must be more than 0% and less than 100%")
     if not set(settings) <= set(OURS):
         raise TypeError(f"the settings are {list(OURS)}, not {list(settings)}")
     settings = {**(PAPER if paper else OURS), **settings}
     arguments = (diffusion, posterior, images, settings["gamma"], settings["batch_size"],
                  settings["t_range"])
-    objective = PaperObjective(*arguments, bound_weights=bound_weights)  # it checks t_range
+    # made now, so that a wrong t_range ends it before any drawing; paper alone keeps it
+    objective = PaperObjective(*arguments, bound_weights=bound_weights)
     net.load_state_dict(posterior.mean, strict=False)  # theta* = mu*; it holds no buffers
 
     # What theta* itself draws stands for the data, less what is of D_f.
@@ -613,8 +614,9 @@ DEFAULT_CHECKPOINT = "checkpoints/mnist.pt"
 
 
 def with_defaults(args, ours, paper):
-    """The flags; those that were left away (None) as the chosen loss has them. Raises
-    UserError for a flag in which the loss has no part."""
+    """The flags, in place: those that were left away (None) as the chosen loss has
+    them. --bound-weights implies --paper. Raises UserError for a flag in which the loss
+    has no part."""
     args.paper = args.paper or args.bound_weights
     if args.share and args.paper:
         raise UserError("--share has no part in --paper's loss: there --steps push harder")
@@ -669,7 +671,7 @@ def main(args):
 
     print(f"wrote {output}, and {picture}: before on the left, after on the right")
     if classes:
-        print(f"measure it: python evaluate.py --after {shlex.quote(output)}")
+        print(f"measure it: python evaluate.py --after {shlex.quote(output)} (--data-root as here)")
 
 
 def gamma_paper(gamma, checkpoint, images):
@@ -698,7 +700,7 @@ def choose_output(args, path, checkpoint, classes):
     """Where the result and its picture go. Raises UserError for what may not be
     replaced."""
     place = Path(path)
-    if checkpoint.data["source"].startswith("published") or place == SHIPPED:
+    if checkpoint.data["source"] == "published weights" or place == SHIPPED:
         place = Path("checkpoints") / f"{place.stem}.pt"  # the result is a checkpoint of ours
     what = "-".join(classes) or Path(args.forget_images).resolve().name
     what = re.sub(r"[^\w .-]", "_", what)[:60]  # never a path, nor longer than a name may be
@@ -771,7 +773,7 @@ def load_forget_images(args, checkpoint, indices):
             n = sum(data["counts"][i] for i in indices)
         rho = n / data["images"]
 
-    # In random order, so that any part of them is one of all.
+    # In random order, so that the first few are of every class.
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(images), generator=generator)
     return to_float(images[order[: args.forget_samples]]), rho
