@@ -379,7 +379,7 @@ COLUMNS = {
     "bits of D_r": "{before[bits_retained]:.2f} -> {after[bits_retained]:.2f}"}
 
 # Under a row: what is said of the retrained models ("them"). One has no floor: nan.
-DISTANCE = "  {} to them: after {after:.3f}, before {before:.3f}, floor {floor:.3f}; left {left:.2f}"
+DISTANCE = "  {} to them: {after:.3f}, before {before:.3f}, floor {floor:.3f}; left {left:.2f}"
 BETWEEN = "  between the two: drift {drift:.3f}, worst kept {worst_kept:.0%}"
 
 

@@ -263,7 +263,7 @@ def test_bits_of_no_image_are_null_and_without_a_test_part_of_training_images(kn
 
 @parametrize("words", [
     "1.pt without a\n", "50 -> 10", "80.0%", "c, 75%", "0.00 -> 1.00", "PUL 92.0%",
-    "total_variation to them: after 0.210, before 0.460, floor nan",
+    "total_variation to them: 0.210, before 0.460, floor nan",
     "93.0% in the mean over classes, on 97.0% of the forgotten; N = 100"])
 def test_the_table_shows_the_report(known, capsys, words):
     report("--retrained r")
