@@ -386,11 +386,11 @@ BETWEEN = "  between the two: drift {drift:.3f}, worst kept {worst_kept:.0%}"
 def print_table(reports):
     """For each model a row; under it what to beware of, the distance to retraining, and
     how good the classifier is."""
-    print("".join(f"{title:>16}" for title in COLUMNS))
+    print(" ".join(f"{title:>15}" for title in COLUMNS))
     for r in reports:
         print(r["after"]["checkpoint"], "without", ", ".join(r["forgotten"]))
         cells = [template.format(**r) for template in COLUMNS.values()]
-        print("".join(f"{cell:>16}" for cell in cells))
+        print(" ".join(f"{cell:>15}" for cell in cells))
         for warning in r["warnings"]:
             print(f"  WARNING: {warning}; look at the pictures")
         # The retrained models, where there are any; the floor takes two.
