@@ -441,7 +441,7 @@ class StandIn:
         pass
 
 
-def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dataset mnist"):
+def read_file(path, lazy=False):
     """The contents of a PyTorch file or a safetensors file, whatever its name.
 
     torch.load(weights_only=True) never executes what a pickle asks for. Objects beside
@@ -451,7 +451,8 @@ def read_file(path, lazy=False, hint="train one with: python train_ddpm.py --dat
     another file."""
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise UserError(f"no checkpoint at {path}: {hint}")
+        raise UserError(f"no checkpoint at {path}: train_ddpm.py trains one; sd-v1-4.ckpt is at "
+                        "huggingface.co/CompVis/stable-diffusion-v-1-4-original")
     try:
         with open(path, "rb") as f:
             begins = f.read(9)

@@ -598,9 +598,7 @@ KINDS = {"unet": UNet, "autoencoder": Autoencoder, "text_encoder": TextEncoder}
 
 def read_tensors(path):
     """{name: tensor} of a published checkpoint, left on disk until they are used."""
-    raw = read_file(path, lazy=True, hint="download one, e.g. sd-v1-4.ckpt "
-                    "(huggingface.co/CompVis/stable-diffusion-v-1-4-original)")
-    return state_dict_of(raw)
+    return state_dict_of(read_file(path, lazy=True))
 
 
 def load(checkpoint, merges, device="cpu"):

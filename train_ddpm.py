@@ -161,7 +161,7 @@ class GaussianPosterior:
         numbers that are not finite, for those of another network, or for other tensors
         that do not move."""
         parameters = moving_parameters(net)
-        fixed = {k: v for k, v in net.state_dict().items() if k not in parameters}
+        fixed = {k: v for k, v in net.state_dict(keep_vars=True).items() if not v.requires_grad}
         posterior = cls()
         digests = set()
         matches = False  # whether what is fixed is as in one of the files
@@ -180,7 +180,7 @@ class GaussianPosterior:
         if len(digests) < max(2, len(paths)):
             raise UserError("a posterior needs two checkpoints or more, all different")
         if not matches:  # running means of batches, for one
-            raise UserError(f"what does not move in the network ({', '.join(fixed)}) is as in none "
+            raise UserError(f"what does not move in the network ({list(fixed)[:3]}) is as in none "
                             "of these files: load one of the checkpoints into it first")
         return posterior
 
@@ -383,8 +383,7 @@ def read_settings(args):
     if "train" not in saved:
         raise UserError(f"{output} is no interrupted run: there is nothing to resume")
     settings = dict(saved["settings"], output=output, overwrite=args.overwrite)
-    if root is not None:
-        settings["data_root"] = root
+    settings["data_root"] = root or saved["data"]["root"]
     return settings, saved
 
 
@@ -466,9 +465,9 @@ def load_dataset(name, root=None, train=True, image_shape=(None, 32, 32), only=N
     """(images, labels, data) of a dataset: (N, C, H, W) uint8, (N,) int64, dict.
 
     name: one of DATASETS.  root: the folder that holds it; None downloads into data/;
-    MNIST_5K: the images of MNIST that ship with the code.  train: that part, or the
-    test part; images and labels are None where there is none.  image_shape: (C, S, S)
-    to bring the image files of a folder to; C None: grey if all are.  only: indices of
+    MNIST_5K's name: the images of MNIST that ship with the code.  train: that part, or
+    the test part; images and labels are None where there is none.  image_shape: (C, S,
+    S) to bring the image files of a folder to; C None: grey if all are.  only: indices of
     classes, whose files alone are opened.  classes: the names of all, in the order of
     the labels, for a folder where some may be gone.  data: {"name", "source", "root",
     "classes"}.  Raises UserError if the folder does not hold it, or it cannot be
@@ -478,18 +477,18 @@ def load_dataset(name, root=None, train=True, image_shape=(None, 32, 32), only=N
     data = {"name": name, "source": str(folder), "root": os.path.abspath(folder)}
     try:
         # images: the pixels, or where they are to be read from image files, the paths
-        if folder == MNIST_5K:
+        if root == MNIST_5K.name:
             images, labels, data["classes"] = load_mnist_5k(train)
-            data.update(source=MNIST_5K.name, root=None)
+            data["root"] = root
         else:
             images, labels, data["classes"] = load_published(name, folder, train, download, classes)
     except UserError:
         raise
     except Exception as e:  # over damaged files torchvision fails in many ways
         if name == "mnist" and download:
-            print(f"MNIST cannot be downloaded ({first_line(e)}): using the 5,000 images in "
+            print(f"MNIST cannot be read or downloaded ({first_line(e)}): using the 5,000 images in "
                   f"{MNIST_5K.name}")
-            return load_dataset("mnist", MNIST_5K, train, image_shape, only)
+            return load_dataset("mnist", MNIST_5K.name, train, image_shape, only)
         raise UserError(f"{name} is damaged, not there, or cannot be downloaded ({first_line(e)}): "
                         f"its files belong in {folder / DATASETS[name]} (--data-root)") from e
 
@@ -613,10 +612,7 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
     data_root overrides its folder.  only: indices of the classes to read; the others
     may be gone.  Raises UserError if it is not there."""
     data = checkpoint.data
-    # Where it is: as in training.
-    root = data_root or data["root"]
-    if root is None and data["source"] == MNIST_5K.name:
-        root = MNIST_5K
+    root = data_root or data["root"]  # as in training
     images, labels, _ = load_dataset(
         data["name"], root, train, checkpoint.config["image_shape"], only, data["classes"])
     return images, labels
@@ -676,7 +672,7 @@ def list_images(folder, index):
         others += [os.path.join(place, name) for name in names]
     others = sorted(set(others) - {path for path, _ in files})
     if others:
-        print(f"{folder}: passing over {len(others)} files: {', '.join(others[:3])} ...")
+        print(f"{folder}: passing over {len(others)} files: {others[:3]!a} ...")
     return files
 
 
@@ -743,7 +739,7 @@ def parser():
     add = p.add_argument
     add("--dataset", choices=DATASETS, default="mnist", help="default: mnist")
     add("--data-root", help="folder that holds it already (default: download to data/)")
-    add("--image-size", type=positive, default=32, help="of --dataset folder: 32")
+    add("--image-size", type=number(int, 8), default=32, help="of --dataset folder: 32")
     add("--model", choices=NETWORKS, help="default: small on a CPU and for mnist")
     add("--output", help="default: checkpoints/DATASET.pt")
     add("--resume", action="store_true",

@@ -743,9 +743,10 @@ def choose_posterior(args, checkpoint, device):
         moment = load_checkpoint(file)
         if "train" in moment.raw:  # that step's weights, not their mean so far
             return moment.raw["train"]["unet"]
-        if moment.posterior or moment.forgotten:
-            raise UserError(f"{file} is no sample of p(theta | D), but a mean of such, or "
-                            "unlearned: give copies made in the course of one training")
+        other = str(moment.config) != str(checkpoint.config)
+        if moment.posterior or moment.forgotten or other:
+            raise UserError(f"{file} is no sample of p(theta | D), but a mean of such, unlearned, "
+                            "or another's: give copies made in the course of one training")
         return moment.unet.state_dict()
 
     if args.posterior:
@@ -755,7 +756,7 @@ def choose_posterior(args, checkpoint, device):
         posterior = GaussianPosterior(**checkpoint.posterior)
     else:
         return guessed_posterior(checkpoint.unet.named_parameters()), (
-            "sigma* is guessed, 2% of each tensor's scale (--posterior FILE FILE measures it)")
+            "sigma* is guessed, 2% of the scale (--posterior, or a finished training, measures it)")
     return posterior.to(device), f"posterior of {posterior.n} checkpoints"
 
 

@@ -245,6 +245,8 @@ def wrong(folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"mine")
     for name, contents in {
+        "linear": trained | {"config": trained["config"] | {"schedule": "linear"},
+                             "posterior": None},
         "others": trained | {"data": data | {"digest": "0"}, "train": {}},
         "elsewhere/images": read_file(folder / WITHOUT),  # has the name of the parent
         "elsewhere/g1": g1 | {"forgotten": g1["forgotten"] | {"checkpoint": "/x/images.pt"}},
@@ -285,6 +287,7 @@ vdu.py --forget-class blue --checkpoint no.pt | no checkpoint at no.pt | train_d
 vdu.py --forget-class blue --checkpoint checkpoints/newest.pt | damaged or cut short
 vdu.py --forget-class blue --checkpoint g1.pt | g1.pt has already forgotten something
 vdu.py --forget-class blue --posterior {TRAINED} g1.pt | {TRAINED} is no sample | a mean
+vdu.py --forget-class blue --posterior linear.pt linear.pt | linear.pt is no sample
 vdu.py --forget-class blue --posterior g1.pt {TRAINED} | g1.pt is no sample | unlearned
 vdu.py --forget-class blue --data-root nowhere | no images of the class blue in nowhere
 ddpm.py {TRAINED} --output cat.png | cat.png exists

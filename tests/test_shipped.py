@@ -51,7 +51,7 @@ def test_the_three_commands_work_one_after_the_other(shipped):
 
     trained, unlearned, measured = said[2:5]
     report = report_of(folder / "results/mnist-forget-7")
-    assert "cannot be downloaded" in trained
+    assert "cannot be read or downloaded" in trained
     assert "5,000 images of 1x28x28 (mnist_5k.npz)" in trained
     assert "posterior of 2 checkpoints" in unlearned
     assert "\ncheckpoints/mnist-forget-7.pt " in measured

@@ -119,6 +119,19 @@ def test_the_posterior_is_where_the_parameters_are(posterior_of):
     assert posterior_of("ab", net_of(0)).to("meta").std["bias"].is_meta
 
 
+def test_a_weight_with_two_names_moves_under_both(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    for name in "ab":
+        net[0].weight.data += 1
+        torch.save(net.state_dict(), tmp_path / name)
+    net[0].weight.data += 1
+
+    posterior = GaussianPosterior.from_checkpoints([tmp_path / "a", tmp_path / "b"], net)
+
+    assert list(posterior.mean) == ["0.weight", "0.bias", "1.bias"]
+
+
 @mark.parametrize("name", ["running_mean", "bias"])
 def test_what_does_not_move_has_to_be_that_of_one_file(posterior_of, name):
     net = net_of(0)
