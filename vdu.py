@@ -756,7 +756,7 @@ def choose_posterior(args, checkpoint, device):
         posterior = GaussianPosterior(**checkpoint.posterior)
     else:
         return guessed_posterior(checkpoint.unet.named_parameters()), (
-            "sigma* is guessed, 2% of the scale (--posterior, or a finished training, measures it)")
+            "sigma* is guessed, 2% of the scale (--posterior or a finished training has it)")
     return posterior.to(device), f"posterior of {posterior.n} checkpoints"
 
 
