@@ -469,9 +469,9 @@ def load_dataset(name, root=None, train=True, image_shape=(None, 32, 32), only=N
     the test part; images and labels are None where there is none.  image_shape: (C, S,
     S) to bring the image files of a folder to; C None: grey if all are.  only: indices
     of classes, whose files alone are opened.  classes: the names of all, in the order
-    of the labels, for a folder where some may be gone.  data: {"name", "source", "root",
-    "classes"}.  Raises UserError if the folder does not hold it, or it cannot be
-    downloaded."""
+    of the labels, for a folder where some may be gone.  data: {"name", "source",
+    "root", "classes"}.  Raises UserError if the folder does not hold it, or it cannot
+    be downloaded."""
     folder = Path(root or "data")
     download = root is None  # into data/
     data = {"name": name, "source": str(folder), "root": os.path.abspath(folder)}
