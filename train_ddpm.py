@@ -486,8 +486,8 @@ def load_dataset(name, root=None, train=True, image_shape=(None, 32, 32), only=N
         raise
     except Exception as e:  # over damaged files torchvision fails in many ways
         if name == "mnist" and download:
-            print(f"MNIST cannot be read or downloaded ({first_line(e)}): the 5,000 images in "
-                  f"{MNIST_5K.name}")
+            print(f"MNIST cannot be read or downloaded ({first_line(e)}): "
+                  f"using the 5,000 images in {MNIST_5K.name}")
             return load_dataset("mnist", MNIST_5K.name, train, image_shape, only)
         raise UserError(f"{name} is damaged, not there, or cannot be downloaded ({first_line(e)}): "
                         f"its files belong in {folder / DATASETS[name]} (--data-root)") from e
