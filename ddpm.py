@@ -300,8 +300,7 @@ def bound_grid(T, steps=None):
 
 
 def training_step(unet, diffusion, optimizer, x0):
-    """One step of DDPM's training (algorithm 1) on x0 (B, C, H, W); returns the loss.
-    """
+    """A step of DDPM's training (algorithm 1) on x0 (B, C, H, W). Returns the loss."""
     # t, x_t and the loss.
     t = stratified_timesteps(len(x0), 0, diffusion.T, x0.device)  # (B,)
     eps = torch.randn_like(x0)
@@ -390,7 +389,7 @@ def load_checkpoint(path, device="cpu"):
             diffusion=diffusion,
             posterior=posterior,
             config=raw["config"],
-            data={"root": None, **raw["data"]},
+            data=dict(raw["data"]),
             forgotten=raw.get("forgotten"),
             path=os.fspath(path),
             raw=raw)
@@ -731,7 +730,8 @@ def from_diffusers(tensors, file):
         raise ValueError(f"{len(tensors)} tensors are too many: {list(tensors)[:3]}")
 
     # A guess: 32x32 pixels in colour are taken for CIFAR-10's.
-    data = {"name": "unknown", "source": "published weights", "classes": [], "excluded": []}
+    data = {"name": "unknown", "source": "published weights", "root": None, "classes": [],
+            "excluded": []}
     if image_shape == (3, 32, 32):
         data.update(name="cifar10", classes=CIFAR10_CLASSES, images=50_000)
     print(f"{file}: diffusers' network, taken to be of {data['name']} images, {image_shape}; "

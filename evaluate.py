@@ -281,13 +281,12 @@ def total_variation(a, b):
 def against_retraining(before, after, retrained, forgotten):
     """How much of the distance to the retrained model is left: a dict.
 
-    before, after: their Seen.  retrained: that of one or two models, of
-    other seeds, that never saw the forgotten classes, which stand for p(theta | D_r);
-    {} for none. Of distances to both the mean is taken; how far the two lie apart is
-    the floor, nan for one. "left" = (after - floor) / (before - floor): 0 is a
-    retrained model, 1 is untouched. The floor holds what n samples add to every Frechet
-    distance, and how far two seeds lie apart: both are taken off, so that "left" may
-    fall below 0."""
+    before, after: their Seen.  retrained: that of one or two models, of other seeds,
+    that never saw the forgotten classes, which stand for p(theta | D_r); {} for none.
+    Of distances to both the mean is taken; how far the two lie apart is the floor, nan
+    for one. "left" = (after - floor) / (before - floor): 0 is a retrained model, 1 is
+    untouched. The floor holds what n samples add to every Frechet distance, and how far
+    two seeds lie apart: both are taken off, so that "left" may fall below 0."""
     if not retrained:
         return {}
     # What a retrained model has of the class: the classifier's mistakes, mostly.

@@ -373,10 +373,8 @@ def read_settings(args):
     if os.path.exists(output) and not args.overwrite and not args.resume:
         raise UserError(f"{output} exists already: --resume continues it, --overwrite replaces it")
     check_output(output, True, WEIGHTS)
-    if root is not None:
-        root = os.path.abspath(root)  # from whatever folder it may be resumed
     if not args.resume:
-        return {**vars(args), "output": output, "data_root": root}, None
+        return {**vars(args), "output": output}, None
 
     # An interrupted run goes on with its own settings.
     saved = read_file(output)
@@ -432,7 +430,7 @@ def main(args):
               "schedule": settings["schedule"], "velocity": settings["velocity"]}
 
     print(f"{data['name']}: {len(images):,} images of {'x'.join(map(str, image_shape))} "
-          f"({data['source']}) in {len(data['classes'])} classes "
+          f"({data['root']}) in {len(data['classes'])} classes "
           f"({', '.join(data['classes'][:20])}), "
           f"{settings['model']} U-Net, {settings['steps']:,} steps of {settings['batch_size']} "
           f"on {device}")
@@ -516,8 +514,8 @@ def load_published(name, folder, train, download, classes):
         return dataset.data[:, None], dataset.targets, DIGITS
     if name == "cifar10":
         dataset = CIFAR10(folder, train, download=download)
-        images = torch.from_numpy(dataset.data)  # (N, H, W, C)
-        images = images.permute(0, 3, 1, 2).contiguous()
+        # (N, H, W, C) -> (N, C, H, W)
+        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor(dataset.targets), dataset.classes
     if name == "tiny-imagenet":
         return list_tiny_imagenet(folder, train, download)
@@ -597,10 +595,11 @@ def list_folder(root, train, classes):
     classes = classes or list(subfolders(here))
     if not classes:
         raise UserError(f"no classes in {here}: it needs a sub-folder of images for each")
-    index = {}  # what a folder's images are labelled
     if not train:
-        # without a test part this folder is not there, and its list is empty
-        here = parts.get("test", root / "test")
+        if "test" not in parts:
+            return *apart([]), classes
+        here = parts["test"]
+    index = {}  # what a folder's images are labelled
     for name, path in subfolders(here).items():
         if name in classes:
             index[path.name] = classes.index(name)
@@ -613,6 +612,8 @@ def load_data_of(checkpoint, data_root=None, train=True, only=None):
     may be gone.  Raises UserError if it is not there."""
     data = checkpoint.data
     root = data_root or data["root"]  # as in training
+    if root is None and data["source"] == MNIST_5K.name:  # so it is with the shipped model
+        root = MNIST_5K.name
     images, labels, _ = load_dataset(
         data["name"], root, train, checkpoint.config["image_shape"], only, data["classes"])
     return images, labels

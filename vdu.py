@@ -229,8 +229,8 @@ def unlearn(net, posterior, objective, lr, steps, adam=False, accumulate=1, seed
         if not finite:
             break
 
-    z = torch.cat([v.flatten() for v in z.values()])
-    moved = z.square().mean().sqrt().item()
+    flat = torch.cat([v.flatten() for v in z.values()])
+    moved = flat.square().mean().sqrt().item()
     if not finite or not math.isfinite(moved):
         net.load_state_dict(posterior.mean, strict=False)
         raise UserError(f"loss or weights became infinite at step {step + 1}; nothing was written: "
@@ -489,8 +489,7 @@ def features_of_clean(features, diffusion):
         generator = torch.Generator().manual_seed(0)
         chunks = []
         size = min(250, 2**20 // images[0].numel())  # images at once: a million numbers
-        parts = images.split(max(1, size))
-        for x0 in tqdm(parts, "features"):
+        for x0 in tqdm(images.split(max(1, size)), "features"):
             levels = []
             for level in LEVELS:
                 t, eps = noise_at(int(level * diffusion.T), x0, generator)
@@ -732,7 +731,7 @@ def write_result(output, checkpoint, record, overwrite):
         tensors = to_diffusers(checkpoint.unet, checkpoint.config["unet"]["num_res_blocks"])
         save_checkpoint(folder / "diffusion_pytorch_model.bin", tensors)
         for name, text in checkpoint.raw["diffusers"].items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, "utf-8")
         print(f"wrote {folder}, a folder for UNet2DModel.from_pretrained")
 
 

@@ -19,6 +19,7 @@ def test_the_shipped_model_forgets_a_digit_by_its_own_judgement(shipped):
     record = ddpm.load_checkpoint(folder / "checkpoints/mnist-forget-1.pt").forgotten
     before, after = record["like_D_f"]
     assert "ships with the code" in said[0]
+    assert "downloaded" not in said[0]  # nor tried: its own images are there
     assert "still there" not in said[0]
     assert record["rho"] == approx(6742 / 60000)  # counted in training
     assert before > 0.05
